@@ -1,0 +1,286 @@
+package main
+
+import (
+	"errors"
+	"net/netip"
+	"sync"
+	"sync/atomic"
+)
+
+// A WebSocket connection after the opening handshake: RFC 6455 from there on.
+//
+// One reader feeds it what the socket has (feed); it takes frames apart, puts
+// messages together and hands them to its owner. Anybody may queue bytes for
+// the peer; they go out without blocking, coalesced, and what the socket does
+// not take waits in a bounded queue. Timeouts are looked at by a sweeper
+// (tick), so that an idle connection has no timer, no goroutine and no buffer.
+
+const (
+	// directWrite is the payload size from which a message goes to an idle
+	// socket straight from where it was read. Below it the copy into the queue
+	// costs less than the system call that coalescing saves.
+	directWrite = 8 << 10
+	// flushAt bounds what a batch gathers for one peer before it is written.
+	flushAt = 64 << 10
+	// pauseAt and resumeAt: a binary that has this much to take is
+	// back-pressure on its phones. Enough to keep a fast one busy, and small
+	// beside -queue-total.
+	pauseAt  = 256 << 10
+	resumeAt = 64 << 10
+	// maxPongs bounds the pongs that wait for a peer that pings and does not
+	// read; beyond it only the latest is kept (RFC 6455 §5.5.3).
+	maxPongs = 4 << 10
+)
+
+// errAgain: the socket takes or has no more for now.
+var errAgain = errors.New("socket would block")
+
+// socket is what a connection needs of its transport. No method blocks.
+type socket interface {
+	// attach starts the reading; first is what arrived behind the handshake.
+	attach(first []byte)
+	// write takes what it can of bufs; errAgain when that was not all, and
+	// conn.writable is called once more can be taken.
+	write(bufs [][]byte) (int, error)
+	// closeWrite ends our direction once what was written is out.
+	closeWrite()
+	// abort ends both directions at once; the reader then finds the end.
+	abort()
+	// resume asks the reader to go on after a pause.
+	resume()
+}
+
+// peer is the owner of a connection: a phone or a binary.
+type peer interface {
+	// message takes a complete message. p is valid during the call only, and
+	// may be changed. Called by the reader.
+	message(t *batch, op byte, p []byte)
+	// ended is called once, when the end is decided and before the connection
+	// has taken leave of its peer.
+	ended(t *batch, reason closeReason, code uint16)
+	// closed is called once, when the socket is gone. Called by the reader.
+	closed(t *batch)
+}
+
+// connState only ever grows.
+type connState uint32
+
+const (
+	connOpen    connState = iota
+	connClosing           // a close frame is queued or sent, or the peer is lost
+	connLinger            // the close handshake is over: reading only until the peer's FIN
+	connClosed            // the socket is gone
+)
+
+type conn struct {
+	// Set before the reader starts.
+	relay  *relay
+	owner  peer
+	sock   socket
+	addr   netip.Addr // of the client, behind proxies too
+	opened int64      // relay clock
+
+	state atomic.Uint32 // connState; written under mu
+	reads atomic.Uint32 // times bytes were heard; written by the reader
+	since atomic.Int64  // relay clock at the first byte of an unfinished message, 0 if none; written by the reader
+	awake atomic.Pointer[challenge]
+
+	// Owned by the reader.
+	in       *block // an unfinished frame
+	msg      *block // an unfinished fragmented message
+	rest     *block // read, and not looked at because of a pause
+	msgOp    byte
+	paused   bool // the owner wants no more messages before resume
+	deaf     bool // the stream broke a rule: nothing in it means anything any more
+	rxFrames uint32
+	rxBytes  uint64
+
+	// Guarded by mu.
+	mu        sync.Mutex
+	out       queue
+	pong      []byte // the latest that found no room
+	pongs     int    // bytes of pongs among those queued up to pongEnd
+	txFrames  uint32
+	txBytes   uint64 // payload
+	queued    uint64 // bytes ever queued
+	pongEnd   uint64 // value of queued behind the last pong
+	blocked   int64  // relay clock since the socket takes nothing, 0 while it does
+	closeBy   int64  // relay clock at which the state's patience ends, 0 for none
+	pingAt    int64  // relay clock of the next ping
+	pingMark  uint32 // reads at the last ping
+	pinged    bool   // a ping is out
+	dirty     bool   // in a batch that will flush
+	suspended bool   // its reader is paused: silence means nothing
+	sentClose bool   // our close frame is out
+	answered  bool   // no answer to it is to come
+	peerDone  bool   // the peer's close frame is there
+	broken    bool   // the socket failed or was given up
+	endReason closeReason
+	endCode   uint16
+	waiters   []*conn // phones paused until out has drained
+}
+
+// batch is what one reader gathers between two system calls: the peers it has
+// queued bytes for, and its counts. Owned by one goroutine.
+type batch struct {
+	relay *relay
+	now   int64 // relay clock
+	dirty []*conn
+	views [8][]byte
+
+	upFrames, downFrames, upBytes, downBytes int64
+}
+
+// flush writes what the batch has queued.
+func (t *batch) flush() {
+	for i := 0; i < len(t.dirty); i++ { // grows: what a flush ends may queue notices
+		c := t.dirty[i]
+		t.dirty[i] = nil
+		c.mu.Lock()
+		c.dirty = false
+		c.flush(t)
+		woken := c.drained()
+		c.mu.Unlock()
+		wake(woken)
+	}
+	t.dirty = t.dirty[:0]
+	if t.upFrames+t.downFrames > 0 {
+		m := t.relay.metrics
+		m.framesUp.Add(t.upFrames)
+		m.bytesUp.Add(t.upBytes)
+		m.framesDown.Add(t.downFrames)
+		m.bytesDown.Add(t.downBytes)
+		t.upFrames, t.upBytes, t.downFrames, t.downBytes = 0, 0, 0, 0
+	}
+}
+
+func wake(cs []*conn) {
+	for _, c := range cs {
+		c.sock.resume()
+	}
+}
+
+func (c *conn) init(r *relay, owner peer, addr netip.Addr) {
+	c.relay, c.owner, c.addr = r, owner, addr
+	c.opened = r.now()
+	c.endReason = endNone
+	// Connections that come in a wave, as after a restart, are not pinged in one.
+	c.pingAt = c.opened + int64(r.o.ping)/2 + r.jitter(int64(r.o.ping)/2)
+}
+
+// pause keeps the reader from this connection until somebody calls resume on
+// its socket. Called by the owner, on the reader, from within message.
+func (c *conn) pause() {
+	c.paused = true
+	c.mu.Lock()
+	c.suspended = true
+	c.mu.Unlock()
+}
+
+// unpause undoes pause. Called by the reader.
+func (c *conn) unpause(now int64) {
+	c.paused = false
+	if c.since.Load() != 0 {
+		c.since.Store(now)
+	}
+	c.mu.Lock()
+	c.suspended = false
+	c.pinged = false
+	c.mu.Unlock()
+}
+
+func (c *conn) is(s connState) bool { return connState(c.state.Load()) == s }
+
+// ---- ending: any goroutine ----
+
+// setEnd records how the connection ends, mu held.
+func (c *conn) setEnd(s connState, reason closeReason, code uint16) {
+	c.state.Store(uint32(s))
+	c.endReason, c.endCode = reason, code
+}
+
+// finish decides the connection's end, unless it is decided already: a close
+// frame goes out behind everything queued. The text is the frame's reason.
+func (c *conn) finish(t *batch, reason closeReason, code uint16, text string) {
+	c.mu.Lock()
+	if !c.is(connOpen) {
+		c.mu.Unlock()
+		return
+	}
+	c.setEnd(connClosing, reason, code)
+	var b [2 + maxControl]byte
+	wire := code
+	if wire == noCloseCode {
+		wire = 0
+	}
+	f := appendCloseFrame(b[:0], wire, text)
+	c.out.add(&c.relay.memory, true, f, nil, nil)
+	c.queued += uint64(len(f))
+	c.pong = nil
+	// A peer that takes nothing has until then to take the close frame.
+	wait := c.relay.o.writeTimeout
+	if reason == endWriteTimeout || reason == endHeartbeat {
+		wait = c.relay.o.closeTimeout
+	}
+	c.closeAfter(t.now, wait)
+	t.addLocked(c)
+	paused := c.suspended
+	c.mu.Unlock()
+	if paused {
+		c.sock.resume() // to hear the answer
+	}
+	c.owner.ended(t, reason, code)
+}
+
+// end is finish with the reason's own code and words.
+func (c *conn) end(t *batch, reason closeReason) {
+	c.finish(t, reason, reason.code(), reason.String())
+}
+
+// abort gives up on the peer: nothing more is sent.
+func (c *conn) abort() {
+	c.mu.Lock()
+	if !c.is(connClosed) {
+		c.broken = true
+		c.sock.abort()
+	}
+	c.mu.Unlock()
+}
+
+// tick looks at the connection's timeouts. Called by the sweeper, a few times
+// within the shortest of them.
+func (c *conn) tick(t *batch) {
+	o := &c.relay.o
+	reason := endNone
+	c.mu.Lock()
+	switch {
+	case c.is(connClosed) || c.broken:
+	case !c.is(connOpen):
+		if c.closeBy != 0 && t.now >= c.closeBy {
+			c.broken = true
+			c.sock.abort()
+		}
+	case c.blocked != 0 && t.now-c.blocked >= int64(o.writeTimeout):
+		reason = endWriteTimeout
+	case t.now-c.since.Load() >= int64(o.messageTimeout) && c.since.Load() != 0 && !c.suspended:
+		reason = endMessageTimeout
+	case t.now >= c.pingAt:
+		if c.pinged && c.reads.Load() == c.pingMark && !c.suspended {
+			reason = endHeartbeat
+			break
+		}
+		c.ping(t)
+		c.pingAt = t.now + int64(o.ping)
+	}
+	c.mu.Unlock()
+	if reason != endNone {
+		c.end(t, reason)
+	}
+}
+
+// ping asks the peer for a sign of life, mu held.
+func (c *conn) ping(t *batch) {
+	c.pinged, c.pingMark = true, c.reads.Load()
+	c.queueControl(opPing, nil)
+	t.addLocked(c)
+}

@@ -1,0 +1,469 @@
+package main
+
+import (
+	"bytes"
+	"encoding/binary"
+	"encoding/json"
+	"math/bits"
+	"strconv"
+	"unicode/utf8"
+)
+
+// The only JSON that the relay knows. A phone's message is checked and spliced
+// into an envelope; a binary's envelope is checked and taken apart. Nothing is
+// decoded, copied or encoded again.
+//
+// Accepted is exactly what encoding/json accepts, in valid UTF-8, which
+// encoding/json does not ask for: the fuzz tests hold the two against each other.
+
+const (
+	// maxEnvelopeDepth is how deep encoding/json follows.
+	maxEnvelopeDepth = 10_000
+	// maxPhoneDepth leaves the level that the envelope adds: a daemon in Go
+	// could not read what is deeper, and would lose the whole envelope.
+	maxPhoneDepth = maxEnvelopeDepth - 1
+)
+
+// jsonFault says what is wrong with a message.
+type jsonFault uint8
+
+const (
+	jsonOK jsonFault = iota
+	jsonInvalid
+	jsonBadUTF8
+)
+
+// checkJSON holds b against: exactly one JSON value in valid UTF-8, at most
+// maxDepth levels deep. Invalid UTF-8 is told first.
+func checkJSON(b []byte, maxDepth int) jsonFault {
+	if !utf8.Valid(b) {
+		return jsonBadUTF8
+	}
+	s := scanner{b: b, depth: maxDepth}
+	if end := s.value(0); end < 0 || s.space(end) != len(b) {
+		return jsonInvalid
+	}
+	return jsonOK
+}
+
+// appendEnvelopeHead appends what stands before a phone's message in its
+// envelope. A conn_id is the relay's own and needs no escapes.
+func appendEnvelopeHead(dst []byte, connID string) []byte {
+	dst = append(dst, `{"conn_id":"`...)
+	dst = append(dst, connID...)
+	return append(dst, `","frame":`...)
+}
+
+// envelopeTail is what stands behind it.
+var envelopeTail = []byte("}")
+
+// appendCloseNotice appends the envelope that tells of a phone's end.
+func appendCloseNotice(dst []byte, connID string, code uint16) []byte {
+	dst = append(dst, `{"conn_id":"`...)
+	dst = append(dst, connID...)
+	dst = append(dst, `","close_code":`...)
+	return append(strconv.AppendUint(dst, uint64(code), 10), '}')
+}
+
+// closeCodeAllowed tells whether a close code may be on the wire (RFC 6455 §7.4).
+func closeCodeAllowed(code int) bool {
+	return code >= 1000 && code <= 1003 || code >= 1007 && code <= 1014 || code >= 3000 && code <= 4999
+}
+
+// envelope is what a binary asks for. Its slices are parts of the message.
+type envelope struct {
+	connID    []byte
+	frame     []byte // nil: absent or null
+	closeCode uint16
+	hasClose  bool
+}
+
+// parseEnvelope checks a message of a binary and finds its members, in one
+// pass. Of duplicate members the last counts; names are compared exactly, after
+// their escapes; null counts as absent. drop is dropNone, or the first of these
+// that holds: not an envelope, push wake, conn_id missing, close_code invalid,
+// frame missing. fault tells invalid UTF-8 apart.
+func parseEnvelope(b []byte) (e envelope, fault jsonFault, drop dropReason) {
+	if !utf8.Valid(b) {
+		return e, jsonBadUTF8, dropNotEnvelope
+	}
+	var m members
+	s := scanner{b: b, depth: maxEnvelopeDepth - 1}
+	if end := s.members(&m); end < 0 || s.space(end) != len(b) {
+		return e, jsonInvalid, dropNotEnvelope
+	}
+	id, ok := m.connID.text()
+	switch {
+	case !ok && m.pushWake.present():
+		return e, jsonOK, dropPushWake
+	case !ok:
+		return e, jsonOK, dropNoConnID
+	}
+	e.connID = id
+	if m.closeCode.present() {
+		code, err := strconv.Atoi(string(m.closeCode.raw))
+		if err != nil || !closeCodeAllowed(code) {
+			return e, jsonOK, dropBadCloseCode
+		}
+		e.closeCode, e.hasClose = uint16(code), true
+	}
+	if m.frame.present() {
+		e.frame = m.frame.raw
+	} else if !e.hasClose {
+		return e, jsonOK, dropNoFrame
+	}
+	return e, jsonOK, dropNone
+}
+
+// members are the values that count of an envelope.
+type members struct {
+	connID, frame, closeCode, pushWake member
+}
+
+// member is a checked value as it stands in the message, empty if it is absent.
+type member struct {
+	raw     []byte
+	escapes bool
+}
+
+func (m member) present() bool { return len(m.raw) > 0 && m.raw[0] != 'n' } // of literals only null begins so
+
+// text is the content of a string.
+func (m member) text() ([]byte, bool) {
+	if len(m.raw) == 0 || m.raw[0] != '"' {
+		return nil, false
+	}
+	if m.escapes {
+		return unescape(m.raw), true
+	}
+	return m.raw[1 : len(m.raw)-1], true
+}
+
+// unescape decodes a checked string. No daemon writes a name or a conn_id with
+// escapes; for whoever does, encoding/json is good enough.
+func unescape(quoted []byte) []byte {
+	var s string
+	if json.Unmarshal(quoted, &s) != nil {
+		return nil
+	}
+	return []byte(s)
+}
+
+// slot finds where a member's value belongs; nil for a name that is unknown.
+func (m *members) slot(name []byte) *member {
+	switch string(name) {
+	case "conn_id":
+		return &m.connID
+	case "frame":
+		return &m.frame
+	case "close_code":
+		return &m.closeCode
+	case "push_wake":
+		return &m.pushWake
+	}
+	return nil
+}
+
+// scanner walks JSON text (RFC 8259). Its methods take the index at which to
+// begin and return the one behind what they read, -1 where that is not JSON.
+type scanner struct {
+	b       []byte
+	depth   int  // levels that a value may have
+	escapes bool // the last string had some
+}
+
+func (s *scanner) space(i int) int {
+	for i < len(s.b) && (s.b[i] == ' ' || s.b[i] == '\n' || s.b[i] == '\r' || s.b[i] == '\t') {
+		i++
+	}
+	return i
+}
+
+// at is the byte at i, 0 behind the end: no token is or begins with a NUL.
+func (s *scanner) at(i int) byte {
+	if i < len(s.b) {
+		return s.b[i]
+	}
+	return 0
+}
+
+// members reads an object and notes those of its members that count.
+func (s *scanner) members(m *members) int {
+	i := s.space(0)
+	if s.at(i) != '{' {
+		return -1
+	}
+	if i = s.space(i + 1); s.at(i) == '}' {
+		return i + 1
+	}
+	for {
+		end := s.str(i)
+		if end < 0 {
+			return -1
+		}
+		name := s.b[i+1 : end-1]
+		if s.escapes {
+			name = unescape(s.b[i:end])
+		}
+		if i = s.space(end); s.at(i) != ':' {
+			return -1
+		}
+		i = s.space(i + 1)
+		if end = s.value(i); end < 0 {
+			return -1
+		}
+		if to := m.slot(name); to != nil {
+			*to = member{s.b[i:end], s.escapes}
+		}
+		switch i = s.space(end); s.at(i) {
+		case ',':
+			i = s.space(i + 1)
+		case '}':
+			return i + 1
+		default:
+			return -1
+		}
+	}
+}
+
+// value reads one value with all that is in it. It does not recurse: what is
+// open is one bit a level, the first 64 of them at hand.
+func (s *scanner) value(i int) int {
+	var kinds uint64   // of the 64 innermost levels, 1 for an object
+	var outer []uint64 // of those around them
+	depth := 0
+	for {
+		i = s.space(i)
+		switch c := s.at(i); c {
+		case '{', '[':
+			if depth == s.depth {
+				return -1
+			}
+			if depth > 0 && depth%64 == 0 {
+				outer = append(outer, kinds)
+			}
+			depth++
+			kinds <<= 1
+			i = s.space(i + 1)
+			if c == '{' {
+				kinds |= 1
+				if s.at(i) != '}' {
+					if i = s.name(i); i < 0 {
+						return -1
+					}
+					continue
+				}
+			} else if s.at(i) != ']' {
+				continue
+			}
+			// It is empty; the loop below closes it.
+		case '"':
+			if i = s.str(i); i < 0 {
+				return -1
+			}
+		case 't':
+			i = s.literal(i, "true")
+		case 'f':
+			i = s.literal(i, "false")
+		case 'n':
+			i = s.literal(i, "null")
+		default:
+			i = s.number(i)
+		}
+		if i < 0 {
+			return -1
+		}
+		more := false
+		for depth > 0 && !more {
+			i = s.space(i)
+			object := kinds&1 == 1
+			switch c := s.at(i); {
+			case c == ',':
+				i++
+				if object {
+					if i = s.name(s.space(i)); i < 0 {
+						return -1
+					}
+				}
+				more = true
+			case c == '}' && object, c == ']' && !object:
+				i++
+				depth--
+				kinds >>= 1
+				if depth > 0 && depth%64 == 0 {
+					kinds, outer = outer[len(outer)-1], outer[:len(outer)-1]
+				}
+			default:
+				return -1
+			}
+		}
+		if !more {
+			return i
+		}
+	}
+}
+
+// name reads a member's name and the colon.
+func (s *scanner) name(i int) int {
+	if i = s.str(i); i < 0 {
+		return -1
+	}
+	if i = s.space(i); s.at(i) != ':' {
+		return -1
+	}
+	return i + 1
+}
+
+func (s *scanner) literal(i int, word string) int {
+	if len(s.b)-i < len(word) || string(s.b[i:i+len(word)]) != word {
+		return -1
+	}
+	return i + len(word)
+}
+
+func (s *scanner) number(i int) int {
+	if s.at(i) == '-' {
+		i++
+	}
+	if s.at(i) == '0' {
+		i++
+	} else if i = s.digits(i); i < 0 {
+		return -1
+	}
+	if s.at(i) == '.' {
+		if i = s.digits(i + 1); i < 0 {
+			return -1
+		}
+	}
+	if c := s.at(i); c == 'e' || c == 'E' {
+		i++
+		if c := s.at(i); c == '+' || c == '-' {
+			i++
+		}
+		i = s.digits(i)
+	}
+	return i
+}
+
+// digits reads one digit or more.
+func (s *scanner) digits(i int) int {
+	start := i
+	for c := s.at(i); c >= '0' && c <= '9'; c = s.at(i) {
+		i++
+	}
+	if i == start {
+		return -1
+	}
+	return i
+}
+
+// longString is how much of a string is looked at word by word before the
+// vectorised searches of package bytes, which cost a call each, take over.
+const longString = 128
+
+// str reads a string, quotes included. Text is most of what passes here (base64
+// of up to 87 KB in one string), so its speed is the relay's.
+func (s *scanner) str(i int) int {
+	if s.at(i) != '"' {
+		return -1
+	}
+	s.escapes = false
+	i++
+	quote := 0 // index of the first quote not before i, once it was searched for
+	for {
+		words := min(len(s.b), i+longString)
+		i = special(s.b, i, words)
+		if i >= words && i < len(s.b) {
+			if quote < i {
+				n := bytes.IndexByte(s.b[i:], '"')
+				if n < 0 {
+					return -1
+				}
+				quote = i + n
+			}
+			end := quote
+			if n := bytes.IndexByte(s.b[i:quote], '\\'); n >= 0 {
+				end = i + n
+			}
+			if hasControl(s.b[i:end]) {
+				return -1
+			}
+			i = end
+		}
+		switch s.at(i) {
+		case '"':
+			return i + 1
+		case '\\':
+			s.escapes = true
+			if i = s.escape(i + 1); i < 0 {
+				return -1
+			}
+		default: // a control character, or the end of the message
+			return -1
+		}
+	}
+}
+
+// escape reads what follows a backslash.
+func (s *scanner) escape(i int) int {
+	switch s.at(i) {
+	case '"', '\\', '/', 'b', 'f', 'n', 'r', 't':
+		return i + 1
+	case 'u':
+		for k := 1; k <= 4; k++ {
+			c := s.at(i + k)
+			if !(c >= '0' && c <= '9' || c|0x20 >= 'a' && c|0x20 <= 'f') {
+				return -1
+			}
+		}
+		return i + 5
+	}
+	return -1
+}
+
+// Eight bytes at a time: below sets the high bit of each byte that is under
+// 0x20, zero that of each byte that is 0. Above the first such byte of a word
+// either may err; the first is exact.
+const (
+	ones  = 0x0101010101010101
+	highs = 0x8080808080808080
+)
+
+func below(x uint64) uint64 { return (x - 0x20*ones) &^ x }
+func zero(x uint64) uint64  { return (x - ones) &^ x }
+
+// special finds the first quote, backslash or control character in b[i:end],
+// end if there is none.
+func special(b []byte, i, end int) int {
+	for ; i+8 <= end; i += 8 {
+		x := binary.LittleEndian.Uint64(b[i:])
+		if m := (below(x) | zero(x^'"'*ones) | zero(x^'\\'*ones)) & highs; m != 0 {
+			return i + bits.TrailingZeros64(m)/8
+		}
+	}
+	for ; i < end; i++ {
+		if c := b[i]; c < 0x20 || c == '"' || c == '\\' {
+			break
+		}
+	}
+	return i
+}
+
+// hasControl reports whether a byte of b is under 0x20.
+func hasControl(b []byte) bool {
+	for len(b) >= 32 {
+		q := b[:32:32]
+		x0, x1 := binary.LittleEndian.Uint64(q), binary.LittleEndian.Uint64(q[8:])
+		x2, x3 := binary.LittleEndian.Uint64(q[16:]), binary.LittleEndian.Uint64(q[24:])
+		if (below(x0)|below(x1)|below(x2)|below(x3))&highs != 0 {
+			return true
+		}
+		b = b[32:]
+	}
+	for _, c := range b {
+		if c < 0x20 {
+			return true
+		}
+	}
+	return false
+}

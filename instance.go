@@ -1,0 +1,163 @@
+package main
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"fmt"
+	"strings"
+	"sync"
+	"time"
+)
+
+// Who this process is, and what is known of its being the only one.
+
+// instanceHeader is in every answer of the WebSocket endpoints: who gave it.
+const instanceHeader = "X-Pyrycode-Relay-Instance"
+
+// identity tells one relay process from another. Neither part is a secret.
+type identity struct {
+	id      string // 16 hexadecimal digits
+	started time.Time
+}
+
+func newIdentity(now time.Time) identity {
+	var b [8]byte
+	rand.Read(b[:])
+	return identity{hex.EncodeToString(b[:]), now.UTC().Truncate(time.Millisecond)}
+}
+
+// String is the identity as it stands in instanceHeader: id, start time.
+func (i identity) String() string { return i.id + ", " + i.started.Format(time.RFC3339Nano) }
+
+// parseIdentity reads an instanceHeader.
+func parseIdentity(s string) (identity, error) {
+	id, at, ok := strings.Cut(s, ", ")
+	if b, err := hex.DecodeString(id); !ok || err != nil || len(b) != 8 {
+		return identity{}, fmt.Errorf("%q is not an instance: want 16 hexadecimal digits, a comma and a start time", s)
+	}
+	started, err := time.Parse(time.RFC3339Nano, at)
+	if err != nil {
+		return identity{}, fmt.Errorf("start time of instance %s: %w", id, err)
+	}
+	return identity{id, started.UTC()}, nil
+}
+
+// olderThan decides which of two instances stays: the one that started first,
+// which the binaries have found first; at equal times the smaller id.
+func (i identity) olderThan(other identity) bool {
+	if !i.started.Equal(other.started) {
+		return i.started.Before(other.started)
+	}
+	return i.id < other.id
+}
+
+// hostVerdict is what the check on this host found.
+type hostVerdict uint8
+
+const (
+	hostHeld     hostVerdict = iota // the lock is ours
+	hostBypassed                    // PYRYCODE_RELAY_SINGLE_INSTANCE=1
+	hostVerdictCount
+)
+
+var hostWords = [hostVerdictCount]string{"held", "bypassed"}
+
+func (v hostVerdict) String() string { return hostWords[v] }
+
+// publicVerdict is what the check through the public URL found.
+type publicVerdict uint8
+
+const (
+	publicOff         publicVerdict = iota // no -public-url
+	publicPending                          // the first round is not over
+	publicVerified                         // all connections reached this process
+	publicSplit                            // another relay answers, too
+	publicNotARelay                        // something else answers
+	publicUnreachable                      // nothing does
+	publicVerdictCount
+)
+
+var publicWords = [publicVerdictCount]string{"off", "pending", "verified", "split", "not-a-relay", "unreachable"}
+
+func (v publicVerdict) String() string { return publicWords[v] }
+
+// instanceState is what the checks have found so far, for /healthz and /metrics.
+type instanceState struct {
+	mu     sync.Mutex // guards what follows
+	host   hostVerdict
+	public publicVerdict
+}
+
+func newInstanceState() *instanceState { return new(instanceState) }
+
+func (s *instanceState) setHost(v hostVerdict) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.host = v
+}
+
+// setPublic records a verdict and returns the one before.
+func (s *instanceState) setPublic(v publicVerdict) (was publicVerdict) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	was, s.public = s.public, v
+	return was
+}
+
+func (s *instanceState) verdicts() (hostVerdict, publicVerdict) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.host, s.public
+}
+
+// publicWord is instance_check in /healthz.
+func (s *instanceState) publicWord() string {
+	_, v := s.verdicts()
+	return v.String()
+}
+
+// probeHeader carries the nonce by which the relay knows its own check when it
+// comes back through the public URL.
+const probeHeader = "X-Pyrycode-Relay-Probe"
+
+// probeKeys are the nonces under way. Each is random, known to this process
+// only, good for one upgrade to one server-id, and forgotten when its round is
+// over, so that whoever sees one pass by (another relay, a proxy) has no use for it.
+type probeKeys struct {
+	mu   sync.Mutex        // guards what follows
+	keys map[string]string // nonce → server-id
+}
+
+func newProbeKeys() *probeKeys { return &probeKeys{keys: map[string]string{}} }
+
+// issue makes a nonce for one upgrade to a server-id.
+func (p *probeKeys) issue(serverID string) string {
+	nonce := rand.Text()
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.keys[nonce] = serverID
+	return nonce
+}
+
+// valid reports whether a nonce is for serverID, and uses it up.
+func (p *probeKeys) valid(serverID, nonce string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	id, ok := p.keys[nonce]
+	if !ok || id != serverID {
+		return false
+	}
+	delete(p.keys, nonce)
+	return true
+}
+
+// revoke forgets the nonces of a server-id.
+func (p *probeKeys) revoke(serverID string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	for nonce, id := range p.keys {
+		if id == serverID {
+			delete(p.keys, nonce)
+		}
+	}
+}

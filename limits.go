@@ -1,0 +1,239 @@
+package main
+
+import (
+	"net"
+	"net/http"
+	"net/netip"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// What bounds strangers: who asks (behind proxies too), how often an address may
+// ask, how many connections there are, and how many bytes wait in the process.
+
+const (
+	// maxAddresses bounds the table of token buckets: 65,536 addresses are 4 MiB.
+	maxAddresses = 1 << 16
+	// maxWaiting bounds connections that have not been taken to a session:
+	// those that have said nothing yet, and those that net/http serves.
+	maxWaiting = 1024
+	// greetTime is how long a connection may take to make its request.
+	greetTime = 10 * time.Second
+	// linesPerSecond is enough to see who and why.
+	linesPerSecond = 5
+)
+
+// limits is safe for concurrent use.
+type limits struct {
+	budget  *budget
+	rates   rates
+	most    int64        // live connections
+	current atomic.Int64 // live connections and upgrades under way
+}
+
+func newLimits(o options, now func() time.Time) *limits {
+	l := &limits{budget: &budget{limit: o.queueTotal}, most: int64(o.maxConnections)}
+	if o.ratePerMinute > 0 {
+		interval := int64(time.Minute) / int64(o.ratePerMinute)
+		l.rates = rates{now: now, start: now(), interval: interval, slack: interval * int64(o.rateBurst-1), seen: map[netip.Addr]int64{}}
+	}
+	return l
+}
+
+// allow takes a token of an address, or tells after how long one will be there.
+func (l *limits) allow(addr netip.Addr) (ok bool, wait time.Duration) { return l.rates.allow(addr) }
+
+// acquireConn counts a connection in; false when all are taken.
+func (l *limits) acquireConn() bool {
+	if l.current.Add(1) > l.most {
+		l.current.Add(-1)
+		return false
+	}
+	return true
+}
+
+func (l *limits) releaseConn() { l.current.Add(-1) }
+
+// budget is the process-wide bound on buffered bytes.
+type budget struct {
+	limit int64
+	n     atomic.Int64
+}
+
+// take charges n bytes if they fit.
+func (b *budget) take(n int) bool {
+	if b.n.Add(int64(n)) > b.limit {
+		b.n.Add(-int64(n))
+		return false
+	}
+	return true
+}
+
+// force charges n bytes whether they fit or not.
+func (b *budget) force(n int) { b.n.Add(int64(n)) }
+func (b *budget) give(n int)  { b.n.Add(-int64(n)) }
+func (b *budget) used() int64 { return b.n.Load() }
+
+// rates are token buckets, one for each address, kept as the moment at which the
+// bucket is full again (the generic cell rate algorithm): one number each, and
+// a bucket that is full need not be remembered. The zero value lets all through.
+type rates struct {
+	now      func() time.Time
+	start    time.Time
+	interval int64 // nanoseconds for one token
+	slack    int64 // nanoseconds by which a bucket may be behind: burst-1 tokens
+
+	mu    sync.Mutex           // guards what follows
+	seen  map[netip.Addr]int64 // nanoseconds after start at which the bucket is full
+	swept int64                // nanoseconds after start
+}
+
+func (r *rates) allow(addr netip.Addr) (ok bool, wait time.Duration) {
+	if r.interval == 0 {
+		return true, 0
+	}
+	key := rateKey(addr)
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := int64(r.now().Sub(r.start))
+	// A bucket needs this long to fill, so a pass in each such time finds all
+	// that can be forgotten.
+	if now-r.swept > r.slack+r.interval {
+		r.swept = now
+		for k, full := range r.seen {
+			if full <= now {
+				delete(r.seen, k)
+			}
+		}
+	}
+	full, known := r.seen[key]
+	full = max(full, now)
+	if late := full - now - r.slack; late > 0 {
+		return false, time.Duration(late)
+	}
+	if !known && len(r.seen) >= maxAddresses {
+		r.evict()
+	}
+	r.seen[key] = full + r.interval
+	return true, 0
+}
+
+// evict makes room in a full table, mu held: of a few buckets the fullest goes,
+// which forgives least. Who commands that many addresses is not slowed down by
+// buckets; everybody else must not be locked out by him.
+func (r *rates) evict() {
+	var victim netip.Addr
+	soonest, looked := int64(1<<63-1), 0
+	for k, full := range r.seen { // in random order
+		if full < soonest {
+			victim, soonest = k, full
+		}
+		if looked++; looked == 8 {
+			break
+		}
+	}
+	delete(r.seen, victim)
+}
+
+// rateKey is what shares a bucket: an IPv4 address, or an IPv6 /64, which is
+// what one household has.
+func rateKey(a netip.Addr) netip.Addr {
+	a = a.Unmap().WithZone("")
+	if a.Is6() {
+		p, _ := a.Prefix(64) // 64 fits
+		return p.Addr()
+	}
+	return a
+}
+
+// clientAddr is the address that a request comes from. A trusted peer is
+// believed in its X-Forwarded-For: of the addresses there the right-most that is
+// not itself trusted, since whatever is left of it the client may have made up.
+// Where an entry is no address, the proxy that passed it on is the client.
+func clientAddr(q *http.Request, trusted []netip.Prefix) netip.Addr {
+	ap, _ := netip.ParseAddrPort(q.RemoteAddr)
+	addr := ap.Addr().Unmap()
+	lines := q.Header["X-Forwarded-For"]
+	for l := len(lines) - 1; l >= 0; l-- {
+		for rest := lines[l]; rest != "" && within(addr, trusted); {
+			entry := rest
+			if i := strings.LastIndexByte(rest, ','); i >= 0 {
+				rest, entry = rest[:i], rest[i+1:]
+			} else {
+				rest = ""
+			}
+			hop, ok := parseHop(strings.TrimSpace(entry))
+			if !ok {
+				return addr
+			}
+			addr = hop
+		}
+	}
+	return addr
+}
+
+func within(a netip.Addr, nets []netip.Prefix) bool {
+	for _, n := range nets {
+		if n.Contains(a) {
+			return true
+		}
+	}
+	return false
+}
+
+// parseHop reads an address as proxies write it, with a port or without.
+func parseHop(s string) (netip.Addr, bool) {
+	a, err := netip.ParseAddr(strings.Trim(s, "[]"))
+	if err != nil {
+		ap, err := netip.ParseAddrPort(s)
+		if err != nil {
+			return netip.Addr{}, false
+		}
+		a = ap.Addr()
+	}
+	return a.Unmap(), true
+}
+
+// limitIdle is an http.Server's ConnState hook: it turns away who comes while
+// net/http has maxWaiting connections that are no session.
+func limitIdle() func(net.Conn, http.ConnState) {
+	var n atomic.Int64
+	return func(c net.Conn, s http.ConnState) {
+		switch s {
+		case http.StateNew:
+			if n.Add(1) > maxWaiting {
+				c.Close()
+			}
+		case http.StateHijacked, http.StateClosed:
+			n.Add(-1)
+		}
+	}
+}
+
+// logGate lets a few lines a second through: what a stranger can cause as often
+// as he likes must not fill a disk. The zero value works.
+type logGate struct {
+	mu      sync.Mutex // guards what follows
+	since   int64      // relay clock of the second that is counted
+	lines   int
+	skipped int
+}
+
+// allow reports whether a line may be written, and how many were not since the
+// last one that was.
+func (g *logGate) allow(now int64) (skipped int, ok bool) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.since == 0 || now-g.since >= int64(time.Second) {
+		g.since, g.lines = now, 0
+	}
+	if g.lines >= linesPerSecond {
+		g.skipped++
+		return 0, false
+	}
+	g.lines++
+	skipped, g.skipped = g.skipped, 0
+	return skipped, true
+}

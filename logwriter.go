@@ -1,0 +1,98 @@
+package main
+
+import (
+	"io"
+	"sync"
+	"time"
+)
+
+// logWriter stands between the logger and where the lines go, so that no
+// connection waits for a terminal or a full pipe, and a wave of connections
+// costs a few writes. Lines beyond its bound are dropped, and how many is said.
+
+const (
+	// maxLogBacklog is some 5,000 lines.
+	maxLogBacklog = 1 << 20
+	// logDelay is how long lines gather before they are written.
+	logDelay = 5 * time.Millisecond
+)
+
+type logWriter struct {
+	out     io.Writer
+	wake    chan struct{}
+	done    chan struct{}
+	dropLog func(lines int) // says how many lines were dropped; may log
+
+	mu      sync.Mutex // guards what follows
+	lines   []byte
+	dropped int
+	closed  bool
+}
+
+// newLogWriter returns a writer to out that lives until Close. Before the first
+// line dropLog has to be set.
+func newLogWriter(out io.Writer) *logWriter {
+	w := &logWriter{out: out, wake: make(chan struct{}, 1), done: make(chan struct{})}
+	go w.run()
+	return w
+}
+
+// Write takes one line. It never blocks and never fails.
+func (w *logWriter) Write(line []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	switch {
+	case w.closed:
+		w.out.Write(line)
+	case len(w.lines)+len(line) > maxLogBacklog:
+		w.dropped++
+	default:
+		w.lines = append(w.lines, line...)
+		w.signal()
+	}
+	return len(line), nil
+}
+
+func (w *logWriter) signal() {
+	select {
+	case w.wake <- struct{}{}:
+	default:
+	}
+}
+
+// Close writes what has gathered. Later lines are written through.
+func (w *logWriter) Close() error {
+	w.mu.Lock()
+	w.closed = true
+	w.signal()
+	w.mu.Unlock()
+	<-w.done
+	return nil
+}
+
+func (w *logWriter) run() {
+	defer close(w.done)
+	var spare []byte
+	for range w.wake {
+		w.mu.Lock()
+		closed := w.closed
+		w.mu.Unlock()
+		if !closed {
+			time.Sleep(logDelay)
+		}
+		w.mu.Lock()
+		lines, dropped := w.lines, w.dropped
+		w.lines, w.dropped = spare[:0], 0
+		w.mu.Unlock()
+		w.out.Write(lines)
+		if dropped > 0 {
+			w.dropLog(dropped)
+		}
+		if spare = lines; cap(spare) > maxLogBacklog/16 {
+			spare = nil // a burst's buffer is not kept
+		}
+		if closed {
+			return
+		}
+	}
+}

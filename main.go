@@ -1,0 +1,240 @@
+// Pyrycode-relay lets a phone reach a coding agent at home. Both dial out; the
+// relay pairs them by server-id and moves their end-to-end encrypted frames.
+//
+// Run exactly one: the registry is in memory. See README.md and docs/.
+package main
+
+import (
+	"context"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"os"
+	"os/signal"
+	"syscall"
+	"time"
+)
+
+func main() {
+	os.Exit(run(context.Background(), os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr))
+}
+
+// Exit codes.
+const (
+	exitStopped = 0 // asked to stop
+	exitFailed  = 1 // failure while running
+	exitRefused = 2 // refused to start, or to go on as the second instance
+)
+
+// run is the program. It ends when ctx does, or by a signal.
+func run(ctx context.Context, args []string, getenv func(string) (string, bool), stdout, stderr io.Writer) int {
+	if len(args) > 0 {
+		switch args[0] {
+		case "version":
+			fmt.Fprintln(stdout, readBuildVersion())
+			return exitStopped
+		}
+	}
+	o, err := parseOptions(args, getenv)
+	if errors.Is(err, flag.ErrHelp) {
+		writeUsage(stdout)
+		return exitStopped
+	}
+	if err == nil {
+		err = checkPlatform(o, getenv)
+	}
+	if err != nil {
+		fmt.Fprintln(stderr, programName+":", err)
+		return exitRefused
+	}
+
+	w := newLogWriter(stderr)
+	defer w.Close()
+	log := newLogger(w, o)
+	code, err := serve(ctx, o, log)
+	if err != nil {
+		log.Error(err.Error())
+	}
+	return code
+}
+
+// newLogger makes the logger of a relay; its lines go through w.
+func newLogger(w *logWriter, o options) *slog.Logger {
+	h := &slog.HandlerOptions{Level: o.logLevel}
+	log := slog.New(slog.NewTextHandler(w, h))
+	if o.logFormat == "json" {
+		log = slog.New(slog.NewJSONHandler(w, h))
+	}
+	w.dropLog = func(lines int) { log.Warn("log lines dropped: whoever reads them is too slow", "lines", lines) }
+	return log
+}
+
+// serve runs a relay from the instance lock to the end of the drain.
+func serve(ctx context.Context, o options, log *slog.Logger) (code int, err error) {
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	defer signal.Stop(signals)
+
+	id, build, state := newIdentity(time.Now()), readBuildVersion(), newInstanceState()
+	lock, err := holdInstance(o, log, state, lockInfo{
+		Program: programName, PID: os.Getpid(), Version: build.version, Instance: id.id,
+		Listen: o.listen, Admin: o.admin, Started: id.started,
+	})
+	if err != nil {
+		return exitRefused, err
+	}
+	if lock != nil {
+		defer lock.Close()
+	}
+	warnFileLimit(o, log)
+
+	public, err := listen("-listen", o.listen)
+	if err != nil {
+		return exitFailed, err
+	}
+	defer public.Close()
+	adminAddr := "off"
+	var admin net.Listener
+	if o.admin != "" {
+		if admin, err = listen("-admin", o.admin); err != nil {
+			return exitFailed, err
+		}
+		defer admin.Close()
+		adminAddr = admin.Addr().String()
+	}
+
+	r, err := newRelay(o, id, build.version, state, newProbeKeys(), log)
+	if err != nil {
+		return exitFailed, err
+	}
+	if lock != nil {
+		lock.relay.Store(r)
+	}
+	failed := make(chan error, 2)
+	addr := public.Addr().String()
+	if public, err = r.door(public); err != nil {
+		r.drain(canceled())
+		return exitFailed, err
+	}
+	servers := []*http.Server{serveHTTP(public, r, log, failed)}
+	if admin != nil {
+		mux := http.NewServeMux()
+		mux.Handle("GET /metrics", r.metrics)
+		servers = append(servers, serveHTTP(admin, mux, log, failed))
+	}
+	log.Info("listening", "addr", addr, "admin", adminAddr, "version", build.version, "instance", id.id)
+	if lock != nil && !o.bypass {
+		log.Info("this is the only relay on this host; next: put a TLS proxy in front, and try it with: "+programName+" probe ws://"+addr, "lock", o.instanceLock)
+	}
+
+	select {
+	case <-ctx.Done():
+		log.Info("shutting down", "deadline", o.drain)
+	case s := <-signals:
+		log.Info("shutting down; a second signal stops at once", "signal", s.String(), "deadline", o.drain)
+	case err = <-failed:
+		code = exitFailed
+	}
+	if stopped := stop(r, servers, signals, o.drain); !stopped {
+		return exitFailed, errors.New("stopped at once by a second signal")
+	}
+	log.Info("stopped", "uptime", time.Since(id.started).Round(time.Second))
+	return code, err
+}
+
+// holdInstance takes the instance lock. With the bypass it takes it where it is
+// free, so that others still see this relay, and warns instead of refusing.
+func holdInstance(o options, log *slog.Logger, state *instanceState, info lockInfo) (*instanceLock, error) {
+	lock, err := lockInstance(o.instanceLock, info)
+	if !o.bypass {
+		return lock, err
+	}
+	state.setHost(hostBypassed)
+	found := "no other relay on this host"
+	var held *heldError
+	switch {
+	case errors.As(err, &held) && held.holder != nil:
+		found = fmt.Sprintf("another relay on this host: pid %d, listening on %s", held.holder.PID, held.holder.Listen)
+	case err != nil:
+		found = err.Error()
+	}
+	log.Warn("SINGLE-INSTANCE CHECK BYPASSED by "+bypassName+"=1: with a second relay behind the same name, phones get 4404 although their binary is online, and no log says why; "+
+		"for an emergency or a migration only: unset it as soon as that is over", "found", found)
+	return lock, nil
+}
+
+// warnFileLimit says what happens where the system allows fewer files than
+// connections.
+func warnFileLimit(o options, log *slog.Logger) {
+	const others = 64 // listeners, requests that are no session, the log
+	if n, ok := fileLimit(); ok && n < uint64(o.maxConnections)+others {
+		log.Warn("the file limit is below -max-connections: connections beyond it are not accepted until others leave; "+
+			"raise it (ulimit -n, LimitNOFILE=) or lower -max-connections", "file_limit", n, "max_connections", o.maxConnections)
+	}
+}
+
+// listen opens a flag's address.
+func listen(flag, addr string) (net.Listener, error) {
+	ln, err := net.Listen("tcp", addr)
+	switch {
+	case errors.Is(err, syscall.EADDRINUSE):
+		return nil, fmt.Errorf("%s %s is in use by another program: stop that, or choose another address", flag, addr)
+	case err != nil:
+		return nil, fmt.Errorf("opening %s %s: %w", flag, addr, err)
+	}
+	return ln, nil
+}
+
+// serveHTTP serves h on ln, and reports an end that nobody asked for.
+func serveHTTP(ln net.Listener, h http.Handler, log *slog.Logger, failed chan<- error) *http.Server {
+	s := &http.Server{
+		Handler:           h,
+		ReadHeaderTimeout: greetTime,
+		ReadTimeout:       30 * time.Second,
+		WriteTimeout:      30 * time.Second,
+		IdleTimeout:       time.Minute,
+		MaxHeaderBytes:    16 << 10, // a request with many cookies; the relay's own is under 1 KiB
+		ConnState:         limitIdle(),
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+	}
+	go func() {
+		if err := s.Serve(ln); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+			failed <- fmt.Errorf("serving %s: %w", ln.Addr(), err)
+		}
+	}()
+	return s
+}
+
+// stop drains r: the listeners close first, then everybody is told. It reports
+// false if a second signal came meanwhile.
+func stop(r *relay, servers []*http.Server, signals <-chan os.Signal, deadline time.Duration) bool {
+	ctx, cancel := context.WithTimeout(context.Background(), deadline)
+	defer cancel()
+	r.beginDrain()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for _, s := range servers[1:] {
+			s.Close()
+		}
+		servers[0].Close()
+		r.drain(ctx)
+	}()
+	select {
+	case <-done:
+		return true
+	case <-signals:
+		return false
+	}
+}
+
+// canceled is a context that is over.
+func canceled() context.Context {
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	return ctx
+}

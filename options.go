@@ -1,0 +1,399 @@
+package main
+
+import (
+	"flag"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/netip"
+	"net/url"
+	"slices"
+	"strconv"
+	"strings"
+	"time"
+)
+
+// What an operator can set, once: the flag, its variable, its default, what is
+// right for it. -h, README.md and every refusal are made of this.
+
+// options is what a relay runs with.
+type options struct {
+	listen       string
+	admin        string // "" is off
+	adminAny     bool
+	instanceLock string
+	publicURL    *url.URL // nil: the public name is not checked
+
+	grace time.Duration
+	ping  time.Duration
+	drain time.Duration
+
+	maxFrame       int
+	maxPhones      int
+	maxConnections int
+	queue          int
+	queueTotal     int64
+	ratePerMinute  int
+	rateBurst      int
+	trustedProxies []netip.Prefix
+
+	logFormat string
+	logLevel  slog.Level
+
+	// bypass is PYRYCODE_RELAY_SINGLE_INSTANCE=1, which is no flag on purpose.
+	bypass bool
+
+	// Fixed by the contract; tests shorten them.
+	challengeTimeout time.Duration // an incumbent binary has this long to answer
+	messageTimeout   time.Duration // from a message's first byte to its last
+	writeTimeout     time.Duration // a peer that takes nothing for this long is gone
+	closeTimeout     time.Duration // for the answer to a close frame
+	lingerTimeout    time.Duration // for the peer's FIN after the close handshake
+}
+
+func defaultOptions() options {
+	return options{
+		listen:         "127.0.0.1:8080",
+		admin:          "127.0.0.1:8081",
+		instanceLock:   "127.0.0.1:24404",
+		grace:          30 * time.Second,
+		ping:           30 * time.Second,
+		drain:          10 * time.Second,
+		maxFrame:       256 << 10,
+		maxPhones:      16,
+		maxConnections: 4096,
+		queue:          4 << 20,
+		queueTotal:     256 << 20,
+		ratePerMinute:  10,
+		rateBurst:      20,
+		trustedProxies: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128")},
+		logFormat:      "text",
+		logLevel:       slog.LevelInfo,
+
+		challengeTimeout: 5 * time.Second,
+		messageTimeout:   30 * time.Second,
+		writeTimeout:     10 * time.Second,
+		closeTimeout:     5 * time.Second,
+		lingerTimeout:    time.Second,
+	}
+}
+
+// setting is a flag.Value whose refusal says what would be right.
+type setting struct {
+	set  func(string) error
+	show func() string
+	bool bool
+}
+
+func (s setting) Set(v string) error { return s.set(v) }
+func (s setting) IsBoolFlag() bool   { return s.bool }
+func (s setting) String() string {
+	if s.show == nil { // package flag asks a zero value
+		return ""
+	}
+	return s.show()
+}
+
+// flags declares every flag, with o's values as defaults.
+func (o *options) flags() *flag.FlagSet {
+	fs := flag.NewFlagSet("pyrycode-relay", flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	fs.Usage = func() {}
+	fs.Var(address(&o.listen), "listen", "`address` of the public listener: plain HTTP, for a TLS proxy in front")
+	fs.Var(adminAddress(&o.admin), "admin", "`address` of /metrics, loopback only unless -admin-any; \"off\" turns it off")
+	fs.Var(truthValue(&o.adminAny), "admin-any", "let -admin be any address: whoever reaches it reads the metrics")
+	fs.Var(lockAddress(&o.instanceLock), "instance-lock", "loopback `address` whose bind proves that this is the only relay on this host")
+	fs.Var(publicAddress(&o.publicURL), "public-url", "the relay's own public `URL`, as wss://relay.example.com: it then checks from outside who answers there")
+	fs.Var(duration(&o.grace, 0, time.Hour), "grace", "how long a claim outlives its binary's connection")
+	fs.Var(duration(&o.ping, time.Second, time.Hour), "ping", "heartbeat interval; a peer silent for one more interval is dead")
+	fs.Var(duration(&o.drain, time.Second, time.Hour), "drain", "shutdown deadline")
+	fs.Var(number(&o.maxFrame, 1<<10, 16<<20), "max-frame", "`bytes` of one message, both legs")
+	fs.Var(number(&o.maxPhones, 1, 1<<16), "max-phones", "`phones` per server-id")
+	fs.Var(number(&o.maxConnections, 1, 1<<20), "max-connections", "live WebSocket `connections`; the next upgrade gets 503")
+	fs.Var(number(&o.queue, 1<<10, 1<<30), "queue", "`bytes` queued per phone")
+	fs.Var(number(&o.queueTotal, 1<<10, 1<<40), "queue-total", "`bytes` queued, and of half-received messages, in the whole process")
+	fs.Var(number(&o.ratePerMinute, 0, 1<<20), "rate-per-minute", "`upgrades` per client address (IPv4 /32, IPv6 /64) and minute; 0 turns the limit off")
+	fs.Var(number(&o.rateBurst, 1, 1<<20), "rate-burst", "`upgrades` that an address may ask for at once")
+	fs.Var(prefixes(&o.trustedProxies), "trusted-proxies", "`networks` whose X-Forwarded-For is believed; empty for none")
+	fs.Var(choice(&o.logFormat, "text", "json"), "log-format", "`format` of the log: text or json")
+	fs.Var(level(&o.logLevel), "log-level", "lowest `level` that is logged: debug, info, warn or error")
+	return fs
+}
+
+// envName is the variable of a flag.
+func envName(flag string) string {
+	return "PYRYCODE_RELAY_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
+}
+
+const bypassName = "PYRYCODE_RELAY_SINGLE_INSTANCE"
+
+// parseOptions reads the command line, then the environment for what that left
+// open. An error names the flag or variable, the value and what would be right.
+func parseOptions(args []string, getenv func(string) (string, bool)) (options, error) {
+	o := defaultOptions()
+	fs := o.flags()
+	if err := fs.Parse(args); err != nil {
+		return o, err
+	}
+	if fs.NArg() > 0 {
+		return o, fmt.Errorf("unknown command %q: the commands are version and probe; -h lists the flags", fs.Arg(0))
+	}
+	given := map[string]bool{}
+	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	var bad error
+	fs.VisitAll(func(f *flag.Flag) {
+		v, set := getenv(envName(f.Name))
+		if !set || given[f.Name] || bad != nil {
+			return
+		}
+		if err := f.Value.Set(v); err != nil {
+			bad = fmt.Errorf("invalid value %q for variable %s: %w", v, envName(f.Name), err)
+		}
+	})
+	if bad != nil {
+		return o, bad
+	}
+	switch v, set := getenv(bypassName); {
+	case set && v != "1":
+		return o, fmt.Errorf("invalid value %q for variable %s: want exactly 1 to skip the single-instance checks, or the variable unset", v, bypassName)
+	default:
+		o.bypass = set
+	}
+	return o, o.validate()
+}
+
+// validate looks at what one flag alone cannot tell.
+func (o *options) validate() error {
+	if host, _, _ := net.SplitHostPort(o.admin); o.admin != "" && !o.adminAny && !loopback(host) {
+		return fmt.Errorf("invalid value %q for flag -admin: want a loopback address, such as 127.0.0.1:8081, or -admin-any as well", o.admin)
+	}
+	if need := o.maxFrame + maxSendHeader; o.queue < need {
+		return fmt.Errorf("invalid value %d for flag -queue: want at least %d, so that one message of -max-frame bytes fits", o.queue, need)
+	}
+	if o.queueTotal < int64(o.queue) {
+		return fmt.Errorf("invalid value %d for flag -queue-total: want at least %d, the -queue of one phone", o.queueTotal, o.queue)
+	}
+	return nil
+}
+
+func loopback(host string) bool {
+	a, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && a.IsLoopback()
+}
+
+// writeUsage prints the manual.
+func writeUsage(w io.Writer) {
+	fmt.Fprint(w, `pyrycode-relay lets a phone reach a coding agent at home. Run exactly one.
+
+  pyrycode-relay [flags]        run the relay
+  pyrycode-relay probe URL      check a relay from outside (probe -h)
+  pyrycode-relay version        version, VCS revision, Go version
+
+Each flag is also an environment variable; the command line wins.
+
+`)
+	o := defaultOptions()
+	o.flags().VisitAll(func(f *flag.Flag) {
+		name, usage := flag.UnquoteUsage(f)
+		fmt.Fprintf(w, "  -%s %s\n        %s\n        default %q, variable %s\n", f.Name, name, usage, f.DefValue, envName(f.Name))
+	})
+	fmt.Fprintf(w, `
+  %s=1 skips the single-instance checks: for
+        emergencies and migrations, not for production. No other value is taken.
+
+Signals: SIGTERM and SIGINT drain and stop; a second one stops at once.
+Exit codes: 0 asked to stop, 1 failure while running, 2 refused to start.
+`, bypassName)
+}
+
+// ---- kinds of values ----
+
+func number[T int | int64](p *T, low, high T) setting {
+	return setting{
+		set: func(s string) error {
+			n, err := strconv.ParseInt(s, 10, 64)
+			if err != nil || n < int64(low) || n > int64(high) {
+				return fmt.Errorf("want a whole number from %d to %d", low, high)
+			}
+			*p = T(n)
+			return nil
+		},
+		show: func() string { return strconv.FormatInt(int64(*p), 10) },
+	}
+}
+
+func duration(p *time.Duration, low, high time.Duration) setting {
+	return setting{
+		set: func(s string) error {
+			d, err := time.ParseDuration(s)
+			if err != nil || d < low || d > high {
+				return fmt.Errorf("want a duration from %v to %v, such as 30s", low, high)
+			}
+			*p = d
+			return nil
+		},
+		show: func() string { return p.String() },
+	}
+}
+
+func truthValue(p *bool) setting {
+	return setting{
+		set: func(s string) error {
+			b, err := strconv.ParseBool(s)
+			if err != nil {
+				return fmt.Errorf("want true or false")
+			}
+			*p = b
+			return nil
+		},
+		show: func() string { return strconv.FormatBool(*p) },
+		bool: true,
+	}
+}
+
+func choice(p *string, words ...string) setting {
+	return setting{
+		set: func(s string) error {
+			if !slices.Contains(words, s) {
+				return fmt.Errorf("want %s", strings.Join(words, " or "))
+			}
+			*p = s
+			return nil
+		},
+		show: func() string { return *p },
+	}
+}
+
+func level(p *slog.Level) setting {
+	levels := map[string]slog.Level{"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError}
+	return setting{
+		set: func(s string) error {
+			l, ok := levels[s]
+			if !ok {
+				return fmt.Errorf("want debug, info, warn or error")
+			}
+			*p = l
+			return nil
+		},
+		show: func() string { return strings.ToLower(p.String()) },
+	}
+}
+
+func checkAddress(s string) error {
+	_, port, err := net.SplitHostPort(s)
+	if n, numErr := strconv.Atoi(port); err != nil || numErr != nil || n < 0 || n > 65535 {
+		return fmt.Errorf("want host:port, such as 127.0.0.1:8080")
+	}
+	return nil
+}
+
+func address(p *string) setting {
+	return setting{
+		set: func(s string) error {
+			if err := checkAddress(s); err != nil {
+				return err
+			}
+			*p = s
+			return nil
+		},
+		show: func() string { return *p },
+	}
+}
+
+func adminAddress(p *string) setting {
+	a := address(p)
+	return setting{
+		set: func(s string) error {
+			if s == "off" {
+				*p = ""
+				return nil
+			}
+			if a.set(s) != nil {
+				return fmt.Errorf("want host:port, such as 127.0.0.1:8081, or off")
+			}
+			return nil
+		},
+		show: a.show,
+	}
+}
+
+// lockAddress takes no host name, since one name can stand for two addresses,
+// and no port 0, since that would be another port for every relay.
+func lockAddress(p *string) setting {
+	return setting{
+		set: func(s string) error {
+			a, err := netip.ParseAddrPort(s)
+			if err != nil || !a.Addr().IsLoopback() || a.Port() == 0 {
+				return fmt.Errorf("want a loopback address and a fixed port, such as 127.0.0.1:24404, the same for every relay on this host")
+			}
+			*p = s
+			return nil
+		},
+		show: func() string { return *p },
+	}
+}
+
+func publicAddress(p **url.URL) setting {
+	return setting{
+		set: func(s string) error {
+			if s == "" {
+				*p = nil
+				return nil
+			}
+			u, err := parseRelayURL(s)
+			if err != nil {
+				return err
+			}
+			*p = u
+			return nil
+		},
+		show: func() string {
+			if *p == nil {
+				return ""
+			}
+			return (*p).String()
+		},
+	}
+}
+
+// parseRelayURL reads a relay's base address as peers are given it.
+func parseRelayURL(s string) (*url.URL, error) {
+	u, err := url.Parse(s)
+	if err != nil || u.Scheme != "ws" && u.Scheme != "wss" || u.Hostname() == "" || u.User != nil ||
+		u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "" {
+		return nil, fmt.Errorf("want wss://host or wss://host:port (ws:// without TLS), and no path")
+	}
+	u.Path = ""
+	return u, nil
+}
+
+func prefixes(p *[]netip.Prefix) setting {
+	return setting{
+		set: func(s string) error {
+			var all []netip.Prefix
+			for part := range strings.SplitSeq(s, ",") {
+				if part = strings.TrimSpace(part); part == "" {
+					continue
+				}
+				n, err := netip.ParsePrefix(part)
+				if a, addrErr := netip.ParseAddr(part); err != nil && addrErr == nil {
+					n, err = netip.PrefixFrom(a, a.BitLen()), nil
+				}
+				if err != nil {
+					return fmt.Errorf("want addresses or networks with commas between, such as 10.0.0.5,fd00::/8: %q is neither", part)
+				}
+				all = append(all, n.Masked())
+			}
+			*p = all
+			return nil
+		},
+		show: func() string {
+			var b []string
+			for _, n := range *p {
+				b = append(b, n.String())
+			}
+			return strings.Join(b, ",")
+		},
+	}
+}

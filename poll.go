@@ -1,0 +1,249 @@
+package main
+
+import (
+	"maps"
+	"net"
+	"slices"
+	"sync"
+	"time"
+)
+
+// The poller for every transport that Linux's epoll loop does not serve: other
+// systems, and connections that are not a bare TCP socket. One goroutine reads
+// a connection, another writes it while there is something to write, and one
+// sweeps them all. It keeps the same contract as the epoll loop, and because it
+// waits in nothing but the runtime, tests run it on a fake clock.
+
+const (
+	goReadSize  = 8 << 10
+	goWriteSize = 64 << 10 // bytes a writer holds, as a kernel's send buffer would
+)
+
+// goPoller owns the goroutines of its connections.
+type goPoller struct {
+	relay *relay
+	wg    sync.WaitGroup // readers, writers and the sweeper
+	quit  chan struct{}
+
+	mu    sync.Mutex // guards what follows
+	conns map[*conn]struct{}
+	swept bool // the sweeper runs
+}
+
+func newGoPoller(r *relay) *goPoller {
+	return &goPoller{relay: r, quit: make(chan struct{}), conns: map[*conn]struct{}{}}
+}
+
+func (p *goPoller) bind(c *conn, nc net.Conn) error {
+	s := &goSocket{poller: p, c: c, nc: nc}
+	s.changed.L = &s.mu
+	c.sock = s
+	return nil
+}
+
+// stop waits for the goroutines of connections that have all been ended.
+func (p *goPoller) stop() {
+	close(p.quit)
+	p.wg.Wait()
+}
+
+func (p *goPoller) sweep() {
+	defer p.wg.Done()
+	tick := time.NewTicker(time.Duration(p.relay.tick))
+	defer tick.Stop()
+	for {
+		select {
+		case <-p.quit:
+			return
+		case <-tick.C:
+		}
+		t := p.relay.batch()
+		for _, c := range p.snapshot() {
+			c.tick(t)
+		}
+		t.flush()
+	}
+}
+
+func (p *goPoller) snapshot() []*conn {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return slices.Collect(maps.Keys(p.conns))
+}
+
+func (p *goPoller) abortAll() {
+	for _, c := range p.snapshot() {
+		c.abort()
+	}
+}
+
+// goSocket moves the bytes of one connection with blocking calls.
+type goSocket struct {
+	poller *goPoller
+	c      *conn
+	nc     net.Conn
+
+	mu       sync.Mutex // guards what follows
+	changed  sync.Cond
+	resumed  bool
+	aborted  bool
+	finish   bool   // closeWrite once staged is out
+	writing  bool   // the writer runs
+	staged   []byte // taken over, not yet written
+	writeErr error
+}
+
+func (s *goSocket) attach(first []byte) {
+	p := s.poller
+	p.mu.Lock()
+	p.conns[s.c] = struct{}{}
+	if !p.swept {
+		p.swept = true
+		p.wg.Add(1)
+		go p.sweep()
+	}
+	p.mu.Unlock()
+	p.wg.Add(1)
+	go s.read(first)
+}
+
+func (s *goSocket) read(first []byte) {
+	defer s.poller.wg.Done()
+	c, r := s.c, s.poller.relay
+	t := r.batch()
+	c.feed(t, first)
+	t.flush()
+	buf := make([]byte, goReadSize)
+	for {
+		if c.paused {
+			s.mu.Lock()
+			for !s.resumed && !s.aborted {
+				s.changed.Wait()
+			}
+			s.resumed = false
+			s.mu.Unlock()
+			t.now = r.now()
+			c.unpause(t.now)
+			c.feed(t, nil)
+			t.flush()
+			continue
+		}
+		n, err := s.nc.Read(buf)
+		r.metrics.socketReads.Add(1)
+		t.now = r.now()
+		if n > 0 {
+			c.heard()
+			c.feed(t, buf[:n])
+		}
+		if err != nil && !c.paused {
+			break
+		}
+		t.flush()
+	}
+	s.poller.mu.Lock()
+	delete(s.poller.conns, c)
+	s.poller.mu.Unlock()
+	c.release(t)
+	t.flush()
+	s.abort()
+}
+
+// write is socket's: it hands bytes to the writer.
+func (s *goSocket) write(bufs [][]byte) (n int, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.aborted {
+		return 0, net.ErrClosed
+	}
+	if s.writeErr != nil {
+		return 0, s.writeErr
+	}
+	for _, b := range bufs {
+		k := min(len(b), goWriteSize-len(s.staged))
+		s.staged = append(s.staged, b[:k]...)
+		n += k
+		if k < len(b) {
+			err = errAgain
+			break
+		}
+	}
+	s.startWriter()
+	return n, err
+}
+
+// startWriter runs the writer if it has something to do, mu held.
+func (s *goSocket) startWriter() {
+	if !s.writing && (len(s.staged) > 0 || s.finish) {
+		s.writing = true
+		s.poller.wg.Add(1)
+		go s.drain()
+	}
+}
+
+// drain writes until nothing is staged.
+func (s *goSocket) drain() {
+	defer s.poller.wg.Done()
+	r := s.poller.relay
+	for {
+		s.mu.Lock()
+		if s.aborted || s.writeErr != nil {
+			s.writing = false
+			s.mu.Unlock()
+			return
+		}
+		out := s.staged
+		s.staged = nil
+		if len(out) == 0 {
+			if s.finish {
+				s.finish = false
+				s.halfClose()
+			}
+			s.writing = false
+			s.mu.Unlock()
+			return
+		}
+		s.mu.Unlock()
+		r.metrics.socketWrites.Add(1)
+		if _, err := s.nc.Write(out); err != nil {
+			s.mu.Lock()
+			s.writeErr = err
+			s.mu.Unlock()
+			s.abort()
+		}
+		t := r.batch()
+		s.c.writable(t)
+		t.flush()
+	}
+}
+
+// halfClose ends our direction, mu held. A transport without half-close is
+// closed whole: the close handshake is over by then.
+func (s *goSocket) halfClose() {
+	if h, ok := s.nc.(interface{ CloseWrite() error }); ok {
+		h.CloseWrite()
+		return
+	}
+	s.nc.Close()
+}
+
+func (s *goSocket) closeWrite() {
+	s.mu.Lock()
+	s.finish = true
+	s.startWriter()
+	s.mu.Unlock()
+}
+
+func (s *goSocket) abort() {
+	s.mu.Lock()
+	s.aborted = true
+	s.changed.Broadcast()
+	s.mu.Unlock()
+	s.nc.Close()
+}
+
+func (s *goSocket) resume() {
+	s.mu.Lock()
+	s.resumed = true
+	s.changed.Signal()
+	s.mu.Unlock()
+}

@@ -1,0 +1,430 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"unsafe"
+)
+
+// The poller of Linux: an epoll loop reads and writes its connections itself.
+// Against a goroutine for each, an idle connection holds no stack, no netFD and
+// no runtime timer, and a frame crosses from socket to socket without a switch.
+
+const (
+	// readSize is what a loop reads in one go: enough to make the system call
+	// cheap beside the bytes, small enough to stay in the second-level cache.
+	readSize = 64 << 10
+	// readTurns bounds how long one busy connection keeps the others waiting.
+	readTurns = 4
+	// epollEvents is how many connections one wake-up may serve before the
+	// batch is flushed.
+	epollEvents = 128
+)
+
+// epollLoop owns its connections' file descriptors: it alone reads and closes
+// them. Others write to and shut down a descriptor under the connection's mu,
+// which the loop takes to close it.
+type epollLoop struct {
+	relay *relay
+	epfd  int
+	wakeR int // pipe: what others write to wake the loop
+	wakeW int
+	done  chan struct{}
+
+	sleeping atomic.Bool // the loop is about to wait, or waits
+
+	mu       sync.Mutex // guards what follows
+	conns    []*conn    // by file descriptor
+	live     int        // of conns
+	inbox    []*conn    // resumed by others
+	front    *front     // nil unless this loop accepts
+	stopping bool
+
+	// Owned by the loop.
+	buf   []byte
+	ready []*conn // may have more to read; edge-triggered epoll will not say so again
+	spare []*conn // ready's other buffer
+	batch batch
+}
+
+// epollSocket is a connection's place in its loop.
+type epollSocket struct {
+	loop *epollLoop
+	c    *conn
+	fd   int // -1 once closed; written by the loop under c.mu
+
+	watched  bool // in the loop's epoll set before attach
+	attached bool // guarded by loop.mu
+
+	// Owned by the loop.
+	hup  bool // epoll told of an end behind the bytes
+	busy bool // in loop.ready
+}
+
+// newPoller returns a poller for TCP connections.
+func newPoller(r *relay) (poller, error) {
+	l := &epollLoop{relay: r, done: make(chan struct{}), buf: make([]byte, readSize)}
+	l.batch.relay = r
+	var err error
+	if l.epfd, err = syscall.EpollCreate1(syscall.EPOLL_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("creating an epoll set: %w", err)
+	}
+	var p [2]int
+	if err = syscall.Pipe2(p[:], syscall.O_NONBLOCK|syscall.O_CLOEXEC); err != nil {
+		syscall.Close(l.epfd)
+		return nil, fmt.Errorf("creating a wake-up pipe: %w", err)
+	}
+	l.wakeR, l.wakeW = p[0], p[1]
+	ev := syscall.EpollEvent{Events: syscall.EPOLLIN, Fd: int32(l.wakeR)}
+	if err = syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_ADD, l.wakeR, &ev); err != nil {
+		l.closeFiles()
+		return nil, fmt.Errorf("watching the wake-up pipe: %w", err)
+	}
+	go l.run()
+	return l, nil
+}
+
+func (l *epollLoop) closeFiles() {
+	syscall.Close(l.epfd)
+	syscall.Close(l.wakeR)
+	syscall.Close(l.wakeW)
+}
+
+// bind gives c a socket out of nc, which it takes over. The descriptor is
+// duplicated, so that Go's own poller, which would be woken for every packet
+// too, lets go of it.
+func (l *epollLoop) bind(c *conn, nc net.Conn) error {
+	s := &epollSocket{loop: l, c: c}
+	switch nc := nc.(type) {
+	case fdConn:
+		s.fd = nc.fd
+		if s.watched = nc.loop == l; !s.watched {
+			syscall.EpollCtl(nc.loop.epfd, syscall.EPOLL_CTL_DEL, nc.fd, nil)
+		}
+	case *net.TCPConn:
+		fd, err := dupSocket(nc)
+		if err != nil {
+			return fmt.Errorf("taking over a socket: %w", err)
+		}
+		nc.Close()
+		s.fd = fd
+	default:
+		return l.relay.fallback.bind(c, nc)
+	}
+	c.sock = s
+	return nil
+}
+
+// watch adds a descriptor to the epoll set. Both directions are watched from
+// the start and edge-triggered, so that nothing has to be changed later on.
+func (l *epollLoop) watch(fd int) error {
+	ev := syscall.EpollEvent{
+		Events: syscall.EPOLLIN | syscall.EPOLLOUT | syscall.EPOLLRDHUP | -syscall.EPOLLET,
+		Fd:     int32(fd),
+	}
+	return syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_ADD, fd, &ev)
+}
+
+// attach starts the reading of a bound connection. first is what arrived
+// behind its handshake.
+func (s *epollSocket) attach(first []byte) {
+	l, c := s.loop, s.c
+	if len(first) > 0 {
+		c.paused = true
+		c.rest = &block{b: first, w: len(first), size: -1}
+		l.relay.memory.budget.force(len(first))
+	}
+	l.mu.Lock()
+	s.attached = true
+	for s.fd >= len(l.conns) {
+		l.conns = append(l.conns, make([]*conn, 256)...)
+	}
+	l.conns[s.fd] = c
+	l.live++
+	var err error
+	if s.watched {
+		c.paused = true // the event for what is there is over
+	} else if err = l.watch(s.fd); err != nil {
+		s.hup = true
+		c.paused = true
+	}
+	post := c.paused
+	l.mu.Unlock() // from here on the loop owns them
+	if err != nil {
+		l.relay.log.Error("watching a socket failed", "error", err)
+		c.abort()
+	}
+	if post {
+		l.post(s)
+	}
+}
+
+// post makes the loop go on reading a paused connection.
+func (l *epollLoop) post(s *epollSocket) {
+	l.mu.Lock()
+	if s.attached {
+		l.inbox = append(l.inbox, s.c)
+	}
+	l.mu.Unlock()
+	if l.sleeping.Swap(false) {
+		l.wake()
+	}
+}
+
+func (l *epollLoop) wake() {
+	var one [1]byte
+	syscall.Write(l.wakeW, one[:]) // EAGAIN: it is awake already
+}
+
+// stop ends the loop once its connections are gone, and waits for that.
+func (l *epollLoop) stop() {
+	l.mu.Lock()
+	l.stopping = true
+	l.mu.Unlock()
+	l.wake()
+	<-l.done
+}
+
+func (l *epollLoop) run() {
+	defer close(l.done)
+	defer l.closeFiles()
+	t := &l.batch
+	events := make([]syscall.EpollEvent, epollEvents)
+	nextTick := int64(0)
+	var sweep []*conn
+	for {
+		wait, stop := l.patience(nextTick)
+		if stop {
+			return
+		}
+		n, err := syscall.EpollWait(l.epfd, events, wait)
+		if err != nil && err != syscall.EINTR {
+			// Cannot happen with an epoll set of our own.
+			l.relay.log.Error("waiting for sockets failed", "error", err)
+		}
+		l.sleeping.Store(false)
+		t.now = l.relay.now()
+		for i := range max(n, 0) {
+			l.serve(&events[i])
+		}
+		l.mu.Lock()
+		posted := l.inbox
+		l.inbox = nil
+		l.mu.Unlock()
+		for _, c := range posted {
+			c.unpause(t.now)
+			l.read(c)
+		}
+		ready := l.ready
+		l.ready = l.spare[:0]
+		for i, c := range ready {
+			ready[i] = nil
+			c.sock.(*epollSocket).busy = false
+			l.read(c)
+		}
+		l.spare = ready
+		t.flush()
+		if t.now >= nextTick {
+			sweep = l.snapshot(sweep[:0])
+			for _, c := range sweep {
+				c.tick(t)
+			}
+			clear(sweep)
+			t.flush()
+			l.mu.Lock()
+			door := l.front
+			l.mu.Unlock()
+			if door != nil {
+				door.tick(t.now)
+			}
+			nextTick = t.now + l.relay.tick
+		}
+	}
+}
+
+// patience is how many milliseconds the loop may sleep.
+func (l *epollLoop) patience(nextTick int64) (ms int, stop bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.live == 0 && l.stopping {
+		return 0, true
+	}
+	if len(l.inbox) > 0 || len(l.ready) > 0 {
+		return 0, false
+	}
+	l.sleeping.Store(true)
+	if l.live == 0 && (l.front == nil || l.front.quiet()) {
+		return -1, false
+	}
+	return int(max(0, nextTick-l.relay.now())/1e6) + 1, false
+}
+
+func (l *epollLoop) abortAll() {
+	for _, c := range l.snapshot(nil) {
+		c.abort()
+	}
+}
+
+func (l *epollLoop) snapshot(to []*conn) []*conn {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for _, c := range l.conns {
+		if c != nil {
+			to = append(to, c)
+		}
+	}
+	return to
+}
+
+func (l *epollLoop) serve(ev *syscall.EpollEvent) {
+	if ev.Fd == int32(l.wakeR) {
+		var b [64]byte
+		syscall.Read(l.wakeR, b[:])
+		return
+	}
+	var c *conn
+	l.mu.Lock()
+	if int(ev.Fd) < len(l.conns) {
+		c = l.conns[ev.Fd]
+	}
+	door := l.front
+	l.mu.Unlock()
+	if c == nil {
+		if door != nil {
+			door.serve(int(ev.Fd))
+		}
+		return // or closed earlier in this round
+	}
+	s := c.sock.(*epollSocket)
+	const gone = syscall.EPOLLRDHUP | syscall.EPOLLHUP | syscall.EPOLLERR
+	if ev.Events&gone != 0 {
+		s.hup = true
+	}
+	if ev.Events&(syscall.EPOLLOUT|syscall.EPOLLERR|syscall.EPOLLHUP) != 0 {
+		c.writable(&l.batch)
+	}
+	if ev.Events&(syscall.EPOLLIN|gone) != 0 {
+		l.read(c)
+	}
+}
+
+// read feeds c what its socket has.
+func (l *epollLoop) read(c *conn) {
+	s := c.sock.(*epollSocket)
+	if s.fd < 0 {
+		return
+	}
+	t := &l.batch
+	if c.rest != nil && !c.paused {
+		c.feed(t, nil)
+	}
+	for range readTurns {
+		if c.paused {
+			return
+		}
+		into := c.want()
+		n, err := s.readv(into, l.buf)
+		l.relay.metrics.socketReads.Add(1)
+		switch {
+		case err == syscall.EAGAIN:
+			return
+		case err == syscall.EINTR:
+			continue
+		case err != nil || n == 0:
+			l.release(c, s)
+			return
+		}
+		c.heard()
+		if k := min(n, len(into)); k > 0 {
+			c.filled(t, k)
+		}
+		if n > len(into) {
+			c.feed(t, l.buf[:n-len(into)])
+		}
+		// Less than there was room for: the socket is empty (epoll(7)), unless
+		// the end of the stream is behind it.
+		if n < len(into)+len(l.buf) && !s.hup {
+			return
+		}
+	}
+	if !s.busy {
+		s.busy = true
+		l.ready = append(l.ready, c)
+	}
+}
+
+// readv reads into a, then b.
+func (s *epollSocket) readv(a, b []byte) (int, error) {
+	if len(a) == 0 {
+		return syscall.Read(s.fd, b)
+	}
+	iov := [2]syscall.Iovec{{Base: &a[0]}, {Base: &b[0]}}
+	iov[0].SetLen(len(a))
+	iov[1].SetLen(len(b))
+	n, _, errno := syscall.Syscall(syscall.SYS_READV, uintptr(s.fd), uintptr(unsafe.Pointer(&iov)), 2)
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), nil
+}
+
+// release closes c's socket and forgets it.
+func (l *epollLoop) release(c *conn, s *epollSocket) {
+	l.mu.Lock()
+	l.conns[s.fd] = nil
+	l.live--
+	s.attached = false
+	l.mu.Unlock()
+	c.release(&l.batch)
+	c.mu.Lock()
+	fd := s.fd
+	s.fd = -1
+	c.mu.Unlock()
+	syscall.Close(fd)
+}
+
+// write is socket's. The caller holds c.mu.
+func (s *epollSocket) write(bufs [][]byte) (int, error) {
+	if s.fd < 0 {
+		return 0, net.ErrClosed
+	}
+	var iov [8]syscall.Iovec
+	total := 0
+	for i, b := range bufs {
+		iov[i].Base = unsafe.SliceData(b)
+		iov[i].SetLen(len(b))
+		total += len(b)
+	}
+	for {
+		s.loop.relay.metrics.socketWrites.Add(1)
+		n, _, errno := syscall.Syscall(syscall.SYS_WRITEV, uintptr(s.fd), uintptr(unsafe.Pointer(&iov)), uintptr(len(bufs)))
+		switch {
+		case errno == syscall.EINTR:
+			continue
+		case errno == syscall.EAGAIN:
+			return 0, errAgain
+		case errno != 0:
+			return 0, errno
+		case int(n) < total:
+			return int(n), errAgain
+		}
+		return total, nil
+	}
+}
+
+func (s *epollSocket) closeWrite() {
+	if s.fd >= 0 {
+		syscall.Shutdown(s.fd, syscall.SHUT_WR)
+	}
+}
+
+func (s *epollSocket) abort() {
+	if s.fd >= 0 {
+		syscall.Shutdown(s.fd, syscall.SHUT_RDWR)
+	}
+}
+
+func (s *epollSocket) resume() { s.loop.post(s) }

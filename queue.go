@@ -1,0 +1,171 @@
+package main
+
+import "sync"
+
+// Where bytes wait: blocks out of size-classed pools, and the queue in front of
+// each socket. Every block is charged with its whole capacity to the process's
+// byte budget for as long as it is in use, so that what is bounded is memory,
+// not merely content.
+
+// blockSizes are the pooled capacities. Each has head room for the frame header
+// and the envelope around a payload of a round size, so that a 64 KiB payload
+// does not take a 256 KiB block.
+var blockSizes = [...]int{1<<10 + 128, 4<<10 + 128, 16<<10 + 128, 64<<10 + 128, 256<<10 + 128}
+
+// block is a piece of buffered bytes: b[r:w] is content.
+type block struct {
+	next *block // in a queue
+	b    []byte
+	r, w int
+	size int8 // index in blockSizes, -1 for a capacity of its own
+}
+
+func (k *block) bytes() []byte { return k.b[k.r:k.w] }
+func (k *block) room() int     { return len(k.b) - k.w }
+
+// memory hands out blocks within the budget.
+type memory struct {
+	budget *budget
+	pools  [len(blockSizes)]sync.Pool
+}
+
+// get returns an empty block for at least n bytes, nil when the budget is
+// spent. With force it is charged all the same: for the few bytes of control
+// frames and close notices, without which nothing could be ended in order.
+func (m *memory) get(n int, force bool) *block {
+	size := int8(-1)
+	for i, c := range blockSizes {
+		if n <= c {
+			size, n = int8(i), c
+			break
+		}
+	}
+	if !m.budget.take(n) {
+		if !force {
+			return nil
+		}
+		m.budget.force(n)
+	}
+	if size < 0 {
+		return &block{b: make([]byte, n), size: size}
+	}
+	if k, _ := m.pools[size].Get().(*block); k != nil {
+		return k
+	}
+	return &block{b: make([]byte, n), size: size}
+}
+
+// put takes a block back.
+func (m *memory) put(k *block) {
+	m.budget.give(len(k.b))
+	if k.size >= 0 {
+		k.next, k.r, k.w = nil, 0, 0
+		m.pools[k.size].Put(k)
+	}
+}
+
+// grow returns a block with k's content and room for at least n bytes in all;
+// k is given back. It returns nil, and k stays, when the budget is spent.
+func (m *memory) grow(k *block, n int) *block {
+	if n <= len(k.b) {
+		return k
+	}
+	big := m.get(n, false)
+	if big == nil {
+		return nil
+	}
+	big.w = copy(big.b, k.bytes())
+	m.put(k)
+	return big
+}
+
+// queue is a FIFO of bytes. The zero value is empty.
+type queue struct {
+	head, tail *block
+	n          int // bytes queued
+}
+
+// add appends the parts as one, or nothing at all when the budget is spent.
+func (q *queue) add(m *memory, force bool, a, b, c []byte) bool {
+	n := len(a) + len(b) + len(c)
+	room := 0
+	if q.tail != nil {
+		room = q.tail.room()
+	}
+	if n > room {
+		// A queue that keeps growing takes larger blocks: fewer of them to
+		// write, and a slow phone's pays for what it holds.
+		k := m.get(max(n-room, min(q.n, 64<<10)), force)
+		if k == nil {
+			return false
+		}
+		if q.tail == nil {
+			q.head, q.tail = k, k
+		} else {
+			q.tail.next = k
+		}
+	}
+	k := q.tail
+	for _, p := range [...][]byte{a, b, c} {
+		for len(p) > 0 {
+			if k.room() == 0 {
+				k = k.next
+			}
+			w := copy(k.b[k.w:], p)
+			k.w += w
+			p = p[w:]
+		}
+	}
+	q.tail = k
+	q.n += n
+	return true
+}
+
+// views fills v with what is at the front of the queue and returns how many it
+// filled.
+func (q *queue) views(v [][]byte) int {
+	i := 0
+	for k := q.head; k != nil && i < len(v); k = k.next {
+		if k.r < k.w {
+			v[i] = k.bytes()
+			i++
+		}
+	}
+	return i
+}
+
+// discard removes n bytes from the front.
+func (q *queue) discard(m *memory, n int) {
+	q.n -= n
+	for q.head != nil {
+		k := q.head
+		if have := k.w - k.r; n < have {
+			k.r += n
+			return
+		} else {
+			n -= have
+		}
+		if q.head = k.next; q.head == nil {
+			q.tail = nil
+		}
+		m.put(k)
+	}
+}
+
+// moveTo appends all of q to dst and leaves q empty. No byte is copied.
+func (q *queue) moveTo(dst *queue) {
+	if q.head == nil {
+		return
+	}
+	if dst.tail == nil {
+		dst.head = q.head
+	} else {
+		dst.tail.next = q.head
+	}
+	dst.tail = q.tail
+	dst.n += q.n
+	*q = queue{}
+}
+
+// drop gives everything back.
+func (q *queue) drop(m *memory) { q.discard(m, q.n) }

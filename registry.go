@@ -1,0 +1,471 @@
+package main
+
+import (
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+)
+
+// The registry: which binary holds which server-id, and which phones it has.
+// It lives in this process's memory and nowhere else, which is why there must
+// be one instance only (docs/architecture.md, Single-instance constraint).
+//
+// Every decision is made under one entry's lock and compares identity, never
+// only the id: a late end of an old connection changes nothing for its
+// successor. Under that lock bytes are queued, never written.
+
+type registry struct {
+	relay   *relay
+	entries sync.Map // server-id → *entry
+	past    history
+	timers  sync.WaitGroup // of grace
+}
+
+// entry is a server-id that is held, or was until a moment ago.
+type entry struct {
+	id    string
+	probe bool // the relay's own check of its public name: counted nowhere
+
+	mu      sync.Mutex           // guards what follows
+	gone    bool                 // no longer in the registry
+	binary  *binaryLeg           // nil during grace
+	freed   int64                // relay clock of the last binary's end
+	grace   *time.Timer          // nil while held
+	epoch   uint64               // counts what begins and ends grace
+	phones  map[string]*phoneLeg // by conn_id
+	trial   *challenge           // whether the incumbent lives, while somebody asks
+	waiters []*conn              // phones that joined in grace and whose held frames reached the limit
+}
+
+// challenge asks an incumbent binary for a sign of life.
+type challenge struct {
+	once  sync.Once
+	done  chan struct{}
+	alive bool // set before done is closed
+}
+
+func (ch *challenge) answer(alive bool) {
+	ch.once.Do(func() {
+		ch.alive = alive
+		close(ch.done)
+	})
+}
+
+// claim makes b the binary of id, and reports endNone. While another one is
+// registered it is asked first, which may take challengeTimeout: if it answers,
+// b gets endAlreadyClaimed; if not, b takes its place.
+func (g *registry) claim(b *binaryLeg, id string, probe bool) closeReason {
+	r := g.relay
+	for {
+		e := g.entry(id, probe)
+		e.mu.Lock()
+		if e.gone {
+			e.mu.Unlock()
+			continue
+		}
+		incumbent := e.binary
+		if incumbent == nil {
+			g.install(e, b) // unlocks
+			return endNone
+		}
+		ch := e.trial
+		ask := ch == nil
+		if ask {
+			ch = &challenge{done: make(chan struct{})}
+			e.trial = ch
+			incumbent.awake.Store(ch)
+		}
+		e.mu.Unlock()
+		if ask {
+			t := r.batch()
+			incumbent.mu.Lock()
+			incumbent.ping(t)
+			incumbent.mu.Unlock()
+			t.flush()
+		}
+		patience := time.NewTimer(r.o.challengeTimeout)
+		select {
+		case <-ch.done:
+		case <-patience.C:
+			ch.answer(false)
+		case <-r.quit:
+			patience.Stop()
+			return endShutdown
+		}
+		patience.Stop()
+		e.mu.Lock()
+		if e.trial == ch {
+			e.trial = nil
+			incumbent.awake.Store(nil)
+		}
+		// Of two newcomers the first to get here takes over; to the other it is
+		// a live incumbent.
+		if ch.alive || e.binary != nil && e.binary != incumbent {
+			e.mu.Unlock()
+			return endAlreadyClaimed
+		}
+		if e.gone {
+			e.mu.Unlock()
+			continue
+		}
+		g.install(e, b) // unlocks
+		return endNone
+	}
+}
+
+// entry finds or makes the entry of a server-id.
+func (g *registry) entry(id string, probe bool) *entry {
+	if e, ok := g.entries.Load(id); ok {
+		return e.(*entry)
+	}
+	e, _ := g.entries.LoadOrStore(id, &entry{id: id, probe: probe, phones: map[string]*phoneLeg{}})
+	return e.(*entry)
+}
+
+// install makes b the holder of e, whose lock the caller holds; it returns
+// without the lock. Phones that the previous binary knew are closed: the new
+// one has no session for them. Those that joined in grace stay, and what they
+// sent meanwhile goes out first.
+func (g *registry) install(e *entry, b *binaryLeg) {
+	r := g.relay
+	old := e.binary
+	reason := endReclaimed
+	switch {
+	case old != nil:
+		reason = endReplaced
+	case e.grace != nil:
+		g.stopGrace(e)
+		fallthrough
+	default:
+		g.count(e, &r.metrics.connectedBinaries, 1)
+	}
+	e.binary, b.server = b, e
+	var closing []*phoneLeg
+	b.mu.Lock()
+	for id, ph := range e.phones {
+		if old == nil && ph.held != nil {
+			b.queued += uint64(ph.held.n)
+			b.txFrames += ph.held.frames
+			b.txBytes += ph.held.bytes
+			r.metrics.framesUp.Add(int64(ph.held.frames))
+			r.metrics.bytesUp.Add(int64(ph.held.bytes))
+			ph.held.moveTo(&b.out)
+			ph.held = nil
+			continue
+		}
+		delete(e.phones, id)
+		closing = append(closing, ph)
+	}
+	b.mu.Unlock()
+	g.count(e, &r.metrics.connectedPhones, -int64(len(closing)))
+	woken := e.waiters
+	e.waiters = nil
+	e.mu.Unlock()
+
+	t := r.batch()
+	if old != nil {
+		old.end(t, endTakenOver)
+	}
+	for _, ph := range closing {
+		ph.end(t, reason)
+	}
+	b.mu.Lock()
+	t.addLocked(&b.conn)
+	b.mu.Unlock()
+	t.flush()
+	wake(woken)
+}
+
+// release ends b's claim, if it is still b's: grace begins.
+func (g *registry) release(t *batch, b *binaryLeg) {
+	e := b.server
+	if e == nil { // never had a claim
+		return
+	}
+	r := g.relay
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.binary != b {
+		return
+	}
+	e.binary = nil
+	e.freed = t.now
+	e.epoch++
+	epoch := e.epoch
+	g.count(e, &r.metrics.connectedBinaries, -1)
+	g.count(e, &r.metrics.binariesInGrace, 1)
+	wait := r.o.grace
+	if e.probe {
+		wait = 0
+	}
+	g.timers.Add(1)
+	e.grace = time.AfterFunc(wait, func() {
+		defer g.timers.Done()
+		g.expire(e, epoch)
+	})
+}
+
+// stopGrace ends e's grace before its time, e.mu held.
+func (g *registry) stopGrace(e *entry) {
+	if e.grace.Stop() {
+		g.timers.Done()
+	}
+	e.grace = nil
+	e.epoch++
+	g.count(e, &g.relay.metrics.binariesInGrace, -1)
+}
+
+// expire ends the grace that began as epoch, unless the claim was taken again.
+func (g *registry) expire(e *entry, epoch uint64) {
+	e.mu.Lock()
+	if e.epoch != epoch {
+		e.mu.Unlock()
+		return
+	}
+	g.stopGrace(e)
+	e.gone = true
+	g.entries.CompareAndDelete(e.id, e)
+	if !e.probe {
+		g.past.note(e.id, e.freed)
+	}
+	g.count(e, &g.relay.metrics.connectedPhones, -int64(len(e.phones)))
+	closing := e.phones
+	e.phones = nil
+	e.mu.Unlock()
+	t := g.relay.batch()
+	for _, ph := range closing {
+		ph.end(t, endGraceExpired)
+	}
+	t.flush()
+}
+
+// join makes ph one of the phones of id. Where it is refused, text says more
+// than the reason does.
+func (g *registry) join(ph *phoneLeg, id string) (refused closeReason, text string) {
+	for {
+		v, ok := g.entries.Load(id)
+		if !ok {
+			return g.absent(id)
+		}
+		e := v.(*entry)
+		e.mu.Lock()
+		switch {
+		case e.gone:
+			e.mu.Unlock()
+			continue
+		case len(e.phones) >= g.relay.o.maxPhones:
+			e.mu.Unlock()
+			return endTooManyPhones, endTooManyPhones.String()
+		}
+		ph.server = e
+		if e.binary == nil {
+			ph.held = new(hold)
+		}
+		e.phones[ph.id] = ph
+		g.count(e, &g.relay.metrics.connectedPhones, 1)
+		e.mu.Unlock()
+		return endNone, ""
+	}
+}
+
+// absent tells which kind of 4404 this is: on it hangs whether an operator looks
+// for a wrong server-id, a relay that has just restarted or a second relay.
+func (g *registry) absent(id string) (closeReason, string) {
+	now := g.relay.now()
+	ago := func(since int64) time.Duration { return time.Duration(now - since).Round(time.Second) }
+	at, known, horizon := g.past.last(id)
+	switch {
+	case known:
+		return endLastHeld, fmt.Sprintf("%s %v ago", endLastHeld, ago(at))
+	case horizon > 0:
+		return endNeverSeen, fmt.Sprintf("%s in the last %v", endNeverSeen, ago(horizon))
+	}
+	return endNeverSeen, fmt.Sprintf("%s since this relay started %v ago", endNeverSeen, ago(0))
+}
+
+// leave takes a phone whose end is decided out of its entry. Its binary gets
+// the close notice, behind the phone's last frame, unless the phone was removed
+// before: by the binary itself, by one that reclaimed, or at the end of grace.
+func (g *registry) leave(t *batch, ph *phoneLeg, code uint16) {
+	e := ph.server
+	if e == nil { // refused
+		return
+	}
+	e.mu.Lock()
+	if e.phones[ph.id] != ph {
+		e.mu.Unlock()
+		return
+	}
+	g.remove(e, ph)
+	b := e.binary
+	if b == nil {
+		e.mu.Unlock()
+		return
+	}
+	b.mu.Lock()
+	e.mu.Unlock()
+	b.notice(t, ph.id, code)
+	b.mu.Unlock()
+}
+
+// remove takes ph out of e, e.mu held.
+func (g *registry) remove(e *entry, ph *phoneLeg) {
+	delete(e.phones, ph.id)
+	g.count(e, &g.relay.metrics.connectedPhones, -1)
+	if ph.held != nil {
+		ph.held.drop(&g.relay.memory)
+		ph.held = nil
+	}
+}
+
+// count moves a gauge, unless e is the relay's own probe.
+func (g *registry) count(e *entry, gauge *atomic.Int64, by int64) {
+	if !e.probe {
+		gauge.Add(by)
+	}
+}
+
+// each calls do for every entry, its lock held.
+func (g *registry) each(do func(*entry)) {
+	g.entries.Range(func(_, v any) bool {
+		e := v.(*entry)
+		e.mu.Lock()
+		defer e.mu.Unlock()
+		if !e.gone {
+			do(e)
+		}
+		return true
+	})
+}
+
+// members lists the live connections of one leg.
+func (g *registry) members(l leg) (all []*conn) {
+	g.each(func(e *entry) {
+		if l == legBinary && e.binary != nil {
+			all = append(all, &e.binary.conn)
+		}
+		if l == legPhone {
+			for _, ph := range e.phones {
+				all = append(all, &ph.conn)
+			}
+		}
+	})
+	return all
+}
+
+// clear forgets every claim. For the end of a drain, when no connection is left.
+func (g *registry) clear() {
+	g.each(func(e *entry) {
+		if e.grace != nil {
+			g.stopGrace(e)
+		}
+		e.gone = true
+		g.entries.CompareAndDelete(e.id, e)
+	})
+	g.timers.Wait()
+}
+
+// check recounts the registry against the gauges and names the first invariant
+// that does not hold. It is exact only while no connection comes or goes.
+func (g *registry) check() error {
+	m := g.relay.metrics
+	var err error
+	var binaries, grace, phones int64
+	fail := func(e *entry, format string, args ...any) {
+		if err == nil {
+			err = fmt.Errorf("entry %s: %s", e.id, fmt.Sprintf(format, args...))
+		}
+	}
+	g.each(func(e *entry) {
+		if e.binary != nil && e.grace != nil {
+			fail(e, "held and in grace at once")
+		}
+		if e.binary == nil && e.grace == nil {
+			fail(e, "neither held nor in grace")
+		}
+		if e.binary != nil && e.binary.server != e {
+			fail(e, "its binary belongs to another entry")
+		}
+		if len(e.phones) > g.relay.o.maxPhones {
+			fail(e, "%d phones, limit %d", len(e.phones), g.relay.o.maxPhones)
+		}
+		for id, ph := range e.phones {
+			if ph.id != id || ph.server != e {
+				fail(e, "phone %s stands under %s or belongs to another entry", ph.id, id)
+			}
+			if e.binary != nil && ph.held != nil {
+				fail(e, "phone %s holds frames back from a binary that is there", id)
+			}
+			if ph.is(connClosed) {
+				fail(e, "phone %s is closed and still a member", id)
+			}
+		}
+		if e.probe {
+			return
+		}
+		phones += int64(len(e.phones))
+		if e.binary != nil {
+			binaries++
+		} else {
+			grace++
+		}
+	})
+	if err != nil {
+		return err
+	}
+	for _, c := range [...]struct {
+		name         string
+		count, gauge int64
+	}{
+		{"connected binaries", binaries, m.connectedBinaries.Load()},
+		{"binaries in grace", grace, m.binariesInGrace.Load()},
+		{"connected phones", phones, m.connectedPhones.Load()},
+	} {
+		if c.count != c.gauge {
+			return fmt.Errorf("%s: %d in the registry, gauge says %d", c.name, c.count, c.gauge)
+		}
+	}
+	return nil
+}
+
+// history remembers when server-ids were last held, the newest ones.
+type history struct {
+	mu      sync.Mutex // guards what follows
+	at      map[string]int64
+	order   []string // a ring, oldest at next once it is full
+	next    int
+	horizon int64 // what ended after this is remembered; 0: everything
+}
+
+// historySize is how many ended claims are remembered: far more than one relay
+// serves, and 2 MiB at the most.
+const historySize = 8192
+
+func (h *history) note(id string, at int64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.at == nil {
+		h.at = map[string]int64{}
+	}
+	if _, ok := h.at[id]; !ok {
+		if len(h.order) < historySize {
+			h.order = append(h.order, id)
+		} else {
+			old := h.order[h.next]
+			h.horizon = max(h.horizon, h.at[old])
+			delete(h.at, old)
+			h.order[h.next] = id
+			h.next = (h.next + 1) % historySize
+		}
+	}
+	h.at[id] = at
+}
+
+// last tells when id was last held, and from when on claims are remembered.
+func (h *history) last(id string) (at int64, known bool, horizon int64) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	at, known = h.at[id]
+	return at, known, h.horizon
+}

@@ -1,0 +1,519 @@
+package main
+
+import (
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/json"
+	"fmt"
+	"hash/maphash"
+	"io"
+	"log/slog"
+	"maps"
+	mrand "math/rand/v2"
+	"net"
+	"net/http"
+	"net/netip"
+	"runtime"
+	"strconv"
+	"strings"
+	"sync"
+	"time"
+)
+
+// The relay: what the public listener serves. Read from ServeHTTP down it is
+// the protocol in order: the gates before an upgrade, then the two sessions.
+
+// poller moves the bytes of the connections bound to it.
+type poller interface {
+	// bind gives c a socket and takes nc over; c.sock.attach starts it.
+	bind(c *conn, nc net.Conn) error
+	// abortAll gives every attached connection up.
+	abortAll()
+	// stop ends the poller's goroutines, once its connections are gone.
+	stop()
+}
+
+type relay struct {
+	// Set at the start.
+	o        options
+	id       identity
+	version  string
+	log      *slog.Logger
+	metrics  *metrics
+	limits   *limits
+	memory   memory
+	instance *instanceState
+	probes   *probeKeys
+	loops    []poller
+	fallback *goPoller
+	seed     maphash.Seed
+	started  time.Time
+	tick     int64       // nanoseconds between two looks at a connection's timeouts
+	greeting http.Header // of every 101
+	quit     chan struct{}
+	refusals logGate
+	drops    logGate
+
+	registry registry
+	trimmer  trimmer
+
+	mu       sync.Mutex // guards what follows
+	draining bool
+	live     [legCount]int // upgrades under way and connections not yet gone
+	left     chan struct{} // one of them is gone
+}
+
+// newRelay starts a relay, which serves until drain.
+func newRelay(o options, id identity, version string, instance *instanceState, probes *probeKeys, log *slog.Logger) (*relay, error) {
+	r := &relay{
+		o: o, id: id, version: version, log: log, instance: instance, probes: probes,
+		limits:  newLimits(o, time.Now),
+		seed:    maphash.MakeSeed(),
+		started: time.Now(),
+		// A timeout is noticed at most half of the shortest one late.
+		tick: int64(min(o.ping, o.messageTimeout, o.writeTimeout, o.closeTimeout, o.lingerTimeout) / 2),
+		greeting: http.Header{
+			instanceHeader: {id.String()},
+		},
+		quit: make(chan struct{}),
+		left: make(chan struct{}, 1),
+	}
+	r.memory.budget = r.limits.budget
+	r.registry.relay = r
+	r.trimmer.grace = o.grace
+	r.metrics = newMetrics(id, readBuildVersion(), instance, r.memory.budget)
+	r.fallback = newGoPoller(r)
+	// One loop moves a million small frames a second; the other half of the
+	// processors is for the kernel's side of the network and the handshakes.
+	for range max(1, runtime.GOMAXPROCS(0)/2) {
+		l, err := newPoller(r)
+		if err != nil {
+			for _, l := range r.loops {
+				l.stop()
+			}
+			return nil, fmt.Errorf("starting the relay: %w", err)
+		}
+		r.loops = append(r.loops, l)
+	}
+	return r, nil
+}
+
+// now is the relay clock: nanoseconds since the start, never 0.
+func (r *relay) now() int64 { return int64(time.Since(r.started)) + 1 }
+
+// jitter is a random share of n.
+func (r *relay) jitter(n int64) int64 { return mrand.Int64N(max(n, 1)) }
+
+func (r *relay) batch() *batch { return &batch{relay: r, now: r.now()} }
+
+// loop chooses the poller of a server-id: a binary and its phones share one, so
+// that frames between them never change processors.
+func (r *relay) loop(serverID string) poller {
+	return r.loops[maphash.String(r.seed, serverID)%uint64(len(r.loops))]
+}
+
+// ---- HTTP ----
+
+func (r *relay) ServeHTTP(w http.ResponseWriter, q *http.Request) {
+	switch q.URL.Path {
+	case "/v1/server", "/v2/server":
+		r.serve(w, q, legBinary)
+	case "/v1/client", "/v2/client":
+		r.serve(w, q, legPhone)
+	case "/healthz":
+		r.health(w)
+	case "/readyz":
+		r.ready(w)
+	case "/":
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		io.WriteString(w, "pyrycode-relay: connects phones to coding agents at home.\n"+
+			"Frames are end-to-end encrypted; nothing to see here. Health: /healthz\n")
+	default:
+		http.Error(w, "no such page: endpoints are /v2/server, /v2/client, /healthz and /readyz", http.StatusNotFound)
+	}
+}
+
+func (r *relay) health(w http.ResponseWriter) {
+	status := "ok"
+	if r.isDraining() {
+		status = "draining"
+	}
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Cache-Control", "no-store")
+	json.NewEncoder(w).Encode(struct {
+		Status   string `json:"status"`
+		Version  string `json:"version"`
+		Instance string `json:"instance"`
+		Check    string `json:"instance_check"`
+		Binaries int64  `json:"connected_binaries"`
+		Phones   int64  `json:"connected_phones"`
+		Uptime   int64  `json:"uptime_seconds"`
+	}{
+		status, r.version, r.id.id, r.instance.publicWord(),
+		r.metrics.connectedBinaries.Load(), r.metrics.connectedPhones.Load(), r.now() / int64(time.Second),
+	})
+}
+
+func (r *relay) ready(w http.ResponseWriter) {
+	w.Header().Set("Cache-Control", "no-store")
+	if r.isDraining() {
+		http.Error(w, "draining", http.StatusServiceUnavailable)
+		return
+	}
+	io.WriteString(w, "ready\n")
+}
+
+// caller is what an upgrade request says of who asks.
+type caller struct {
+	serverID string
+	addr     netip.Addr
+	probe    bool // the relay itself, through its public name
+}
+
+// serve takes a request on a WebSocket endpoint through the gates and into its
+// session.
+func (r *relay) serve(w http.ResponseWriter, q *http.Request, l leg) {
+	who, refused := r.gates(q, l)
+	if refused != nil {
+		r.refuse(w, l, who, refused)
+		return
+	}
+	nc, first, err := upgrade(w, q, r.greeting)
+	if err != nil {
+		r.countUpgrade(l, who, upgradeFailed)
+		r.log.Debug("upgrade failed", "leg", l, "addr", who.addr, "error", err)
+		r.leave(l)
+		return
+	}
+	r.countUpgrade(l, who, upgradeAccepted)
+	if l == legBinary {
+		r.serveBinary(who, nc, first)
+	} else {
+		r.servePhone(who, nc, first)
+	}
+}
+
+// gates are what stands before an upgrade, in the contract's order. Whoever
+// passes has to leave.
+func (r *relay) gates(q *http.Request, l leg) (who caller, refused *refusal) {
+	who.serverID = q.Header.Get("X-Pyrycode-Server")
+	who.addr = clientAddr(q, r.o.trustedProxies)
+	if token := q.Header.Get(probeHeader); token != "" {
+		who.probe = r.probes.valid(who.serverID, token)
+	}
+	if !r.enter(l) {
+		return who, &refusal{http.StatusServiceUnavailable, upgradeDraining, "this relay is shutting down: try again", retryAfter(time.Second)}
+	}
+	defer func() {
+		if refused != nil {
+			r.gone(l)
+		}
+	}()
+	if !who.probe {
+		if ok, wait := r.limits.allow(who.addr); !ok {
+			return who, &refusal{http.StatusTooManyRequests, upgradeRateLimited, "too many upgrades from this address: wait", retryAfter(wait)}
+		}
+	}
+	if !r.limits.acquireConn() {
+		return who, &refusal{http.StatusServiceUnavailable, upgradeFull, "this relay has all the connections it may have: try again", retryAfter(30 * time.Second)}
+	}
+	if refused = checkHeaders(q.Header, l); refused == nil {
+		refused = checkHandshake(q)
+	}
+	if refused != nil {
+		r.limits.releaseConn()
+	}
+	return who, refused
+}
+
+func retryAfter(d time.Duration) [2]string {
+	return [2]string{"Retry-After", strconv.Itoa(max(1, int((d+time.Second-1)/time.Second)))}
+}
+
+// checkHeaders holds a request against the endpoint's own headers.
+func checkHeaders(h http.Header, l leg) *refusal {
+	need := [...]string{"X-Pyrycode-Server", "User-Agent", "X-Pyrycode-Version"}
+	for i, name := range need {
+		if i == 2 && l != legBinary {
+			break
+		}
+		if strings.TrimSpace(h.Get(name)) == "" {
+			return &refusal{http.StatusBadRequest, upgradeBadHeader, "header " + strings.ToLower(name) + " is missing", [2]string{}}
+		}
+	}
+	if !validServerID(h.Get("X-Pyrycode-Server")) {
+		return &refusal{http.StatusBadRequest, upgradeBadHeader,
+			"header x-pyrycode-server must be 1 to 128 characters of A-Z a-z 0-9 . _ ~ -", [2]string{}}
+	}
+	return nil
+}
+
+func validServerID(id string) bool {
+	if len(id) < 1 || len(id) > 128 {
+		return false
+	}
+	for i := range len(id) {
+		switch c := id[i]; {
+		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9':
+		case c == '.', c == '_', c == '~', c == '-':
+		default:
+			return false
+		}
+	}
+	return true
+}
+
+func (r *relay) refuse(w http.ResponseWriter, l leg, who caller, f *refusal) {
+	r.countUpgrade(l, who, f.outcome)
+	if more, ok := r.refusals.allow(r.now()); ok {
+		r.log.Warn("upgrade refused", "leg", l, "addr", who.addr, "reason", f.outcome, "status", f.status, "unlogged", more)
+	}
+	if f.header[0] != "" {
+		w.Header().Set(f.header[0], f.header[1])
+	}
+	// Whoever asks through the public name learns who refused.
+	maps.Copy(w.Header(), r.greeting)
+	http.Error(w, f.text, f.status)
+}
+
+// countUpgrade counts how a request ended. The relay's own check is no user.
+func (r *relay) countUpgrade(l leg, who caller, o upgradeOutcome) {
+	if !who.probe {
+		r.metrics.upgrades[l][o].Add(1)
+	}
+}
+
+// ---- sessions ----
+
+// binaryLeg is a daemon's leg.
+type binaryLeg struct {
+	conn
+	id     string // in logs
+	server *entry // set by claim; nil where that was refused
+	probe  bool
+}
+
+// phoneLeg is an app's leg.
+type phoneLeg struct {
+	conn
+	id     string // conn_id
+	server *entry // set by join; nil where that was refused
+	held   *hold  // guarded by server.mu; not nil for one that joined in grace
+	probe  bool
+}
+
+// hold keeps what a phone sends in grace, as frames for the binary to come.
+type hold struct {
+	queue
+	frames uint32
+	bytes  uint64
+}
+
+// newConnID is 128 random bits: the daemon keeps sessions by conn_id for as
+// long as it lives, so none may repeat, not even after a restart of the relay.
+func newConnID() string {
+	var b [16]byte
+	rand.Read(b[:])
+	return base64.RawURLEncoding.EncodeToString(b[:])
+}
+
+func (r *relay) serveBinary(who caller, nc net.Conn, first []byte) {
+	b := &binaryLeg{id: newConnID(), probe: who.probe}
+	b.init(r, b, who.addr)
+	if err := r.loop(who.serverID).bind(&b.conn, nc); err != nil {
+		r.unbound(legBinary, nc, err)
+		return
+	}
+	refused := r.registry.claim(b, who.serverID, who.probe)
+	r.begin(&b.conn, legBinary, b.id, who, refused, refused.String(), first)
+}
+
+func (r *relay) servePhone(who caller, nc net.Conn, first []byte) {
+	ph := &phoneLeg{id: newConnID(), probe: who.probe}
+	ph.init(r, ph, who.addr)
+	if err := r.loop(who.serverID).bind(&ph.conn, nc); err != nil {
+		r.unbound(legPhone, nc, err)
+		return
+	}
+	refused, text := r.registry.join(ph, who.serverID)
+	r.begin(&ph.conn, legPhone, ph.id, who, refused, text, first)
+}
+
+// unbound gives up a connection that no poller took.
+func (r *relay) unbound(l leg, nc net.Conn, err error) {
+	r.log.Error("taking over a connection failed", "leg", l, "error", err)
+	nc.Close()
+	r.leave(l)
+}
+
+// begin starts a session, or ends it at once where the registry refused it:
+// that is a close code, because peers understand these as nothing else.
+func (r *relay) begin(c *conn, l leg, id string, who caller, refused closeReason, text string, first []byte) {
+	if refused == endNone {
+		r.log.Log(context.Background(), who.level(), "connected", "leg", l, "conn", id, "server", who.serverID, "addr", who.addr)
+	} else {
+		if more, ok := r.refusals.allow(r.now()); ok {
+			r.log.Warn("session refused", "leg", l, "conn", id, "server", who.serverID, "addr", who.addr,
+				"code", refused.code(), "reason", refused, "detail", text, "unlogged", more)
+		}
+		t := r.batch()
+		c.finish(t, refused, refused.code(), text)
+		t.flush()
+	}
+	c.sock.attach(first)
+}
+
+// level is that of a session's log lines.
+func (w caller) level() slog.Level { return levelOf(w.probe) }
+
+func levelOf(probe bool) slog.Level {
+	if probe {
+		return slog.LevelDebug
+	}
+	return slog.LevelInfo
+}
+
+// message takes a phone's message to its binary, in the envelope. The check is a
+// security boundary: only exactly one JSON value can stand in it without
+// changing what the binary reads.
+func (ph *phoneLeg) message(t *batch, _ byte, p []byte) {
+	switch checkJSON(p, maxPhoneDepth) {
+	case jsonBadUTF8:
+		ph.end(t, endInvalidUTF8)
+		return
+	case jsonInvalid:
+		ph.end(t, endNotJSON)
+		return
+	}
+	var room [128]byte
+	head := appendEnvelopeHead(room[:0], ph.id)
+	e := ph.server
+	reason, wait := endNone, false
+	e.mu.Lock()
+	b := e.binary
+	switch {
+	case !ph.is(connOpen):
+		// Closed from elsewhere, and its notice may be queued: too late.
+		e.mu.Unlock()
+		return
+	case b != nil:
+		b.mu.Lock()
+		e.mu.Unlock()
+		reason = b.push(t, 0, head, p, envelopeTail)
+		if wait = b.out.n >= pauseAt; wait {
+			b.waiters = append(b.waiters, &ph.conn)
+		}
+		b.mu.Unlock()
+		t.upFrames++
+		t.upBytes += int64(len(p))
+	case ph.held != nil:
+		if reason = ph.hold(head, p); ph.held.n >= t.relay.o.queue {
+			wait = true
+			e.waiters = append(e.waiters, &ph.conn)
+		}
+		e.mu.Unlock()
+	default:
+		e.mu.Unlock()
+		reason = endBinaryGone
+	}
+	if wait {
+		ph.pause()
+	}
+	if reason != endNone {
+		ph.end(t, reason)
+	}
+}
+
+// hold queues a message for the binary that comes back, server.mu held.
+func (ph *phoneLeg) hold(head, p []byte) closeReason {
+	n := len(head) + len(p) + len(envelopeTail)
+	var room [maxSendHeader + 128]byte
+	front := append(appendFrameHeader(room[:0], opText, n), head...)
+	if !ph.held.add(&ph.relay.memory, false, front, p, envelopeTail) {
+		return endMemoryLimit
+	}
+	ph.held.frames++
+	ph.held.bytes += uint64(n)
+	return endNone
+}
+
+// message takes an envelope of a binary to the phone that it names.
+func (b *binaryLeg) message(t *batch, op byte, p []byte) {
+	env, fault, drop := parseEnvelope(p)
+	if fault == jsonBadUTF8 && op == opText {
+		b.end(t, endInvalidUTF8)
+		return
+	}
+	if drop != dropNone {
+		b.drop(t, drop)
+		return
+	}
+	e := b.server
+	e.mu.Lock()
+	ph := e.phones[string(env.connID)]
+	if ph == nil || e.binary != b {
+		e.mu.Unlock()
+		b.drop(t, dropUnknownConn)
+		return
+	}
+	if env.hasClose {
+		// Out of the entry first: what the binary itself asks for has no notice.
+		t.relay.registry.remove(e, ph)
+	}
+	ph.mu.Lock()
+	e.mu.Unlock()
+	reason := endNone
+	if env.frame != nil {
+		reason = ph.push(t, t.relay.o.queue, nil, env.frame, nil)
+		t.downFrames++
+		t.downBytes += int64(len(env.frame))
+	}
+	ph.mu.Unlock()
+	switch {
+	case reason != endNone:
+		ph.end(t, reason)
+	case env.hasClose:
+		ph.finish(t, endBinaryDirective, env.closeCode, endBinaryDirective.String())
+	}
+}
+
+// drop counts an envelope that goes nowhere. A push wake is not logged: it
+// holds a credential, and newer daemons send it as a matter of course.
+func (b *binaryLeg) drop(t *batch, reason dropReason) {
+	r := t.relay
+	r.metrics.drops[reason].Add(1)
+	if reason == dropPushWake {
+		return
+	}
+	if more, ok := r.drops.allow(t.now); ok {
+		r.log.Warn("envelope dropped", "conn", b.id, "server", b.server.id, "reason", reason, "unlogged", more)
+	}
+}
+
+func (b *binaryLeg) ended(t *batch, _ closeReason, _ uint16)    { t.relay.registry.release(t, b) }
+func (ph *phoneLeg) ended(t *batch, _ closeReason, code uint16) { t.relay.registry.leave(t, ph, code) }
+
+func (b *binaryLeg) closed(t *batch) {
+	t.relay.sessionOver(t, &b.conn, legBinary, b.id, b.server, b.probe)
+}
+func (ph *phoneLeg) closed(t *batch) {
+	t.relay.sessionOver(t, &ph.conn, legPhone, ph.id, ph.server, ph.probe)
+}
+
+// sessionOver is the end of a connection: its line in the log, its count.
+func (r *relay) sessionOver(t *batch, c *conn, l leg, id string, e *entry, probe bool) {
+	c.mu.Lock()
+	reason, code, txFrames, txBytes := c.endReason, c.endCode, c.txFrames, c.txBytes
+	c.mu.Unlock()
+	if !probe {
+		r.metrics.closes[l][reason].Add(1)
+	}
+	if e != nil { // a refused one has had its line
+		r.log.Log(context.Background(), levelOf(probe), "disconnected", "leg", l, "conn", id, "server", e.id,
+			"duration", time.Duration(t.now-c.opened).Round(time.Millisecond),
+			"frames_in", c.rxFrames, "bytes_in", c.rxBytes, "frames_out", txFrames, "bytes_out", txBytes,
+			"code", code, "reason", reason)
+	}
+	r.leave(l)
+}

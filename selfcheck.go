@@ -1,0 +1,207 @@
+package main
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+)
+
+// The first guard against a second relay: one port on this host that only one
+// process can bind. The kernel makes that atomic, whatever the user, the working
+// directory or a stale file says, and gives the port back when its holder dies,
+// however it dies. What a second relay does unnoticed: docs/architecture.md,
+// Single-instance constraint.
+
+const (
+	// lockAnswerTime bounds one conversation with the holder. A holder under
+	// load answers within milliseconds.
+	lockAnswerTime = 2 * time.Second
+	// lockAttempts: a holder that vanishes between our bind and our question has
+	// just died, and the port is free by now.
+	lockAttempts = 5
+	// maxLockAnswer is far more than a holder says.
+	maxLockAnswer = 4 << 10
+	// maxLockTalks bounds the connections to the holder that linger.
+	maxLockTalks = 4
+)
+
+const programName = "pyrycode-relay"
+
+// lockInfo is what the holder of the lock says of itself, as one JSON line.
+type lockInfo struct {
+	Program  string    `json:"program"`
+	PID      int       `json:"pid"`
+	Version  string    `json:"version"`
+	Instance string    `json:"instance"`
+	Listen   string    `json:"listen"`
+	Admin    string    `json:"admin"`
+	Started  time.Time `json:"started"`
+	Servers  int64     `json:"servers"` // binaries connected
+	Draining bool      `json:"draining"`
+}
+
+// instanceLock is the lock while it is ours.
+type instanceLock struct {
+	ln    net.Listener
+	info  lockInfo
+	relay atomic.Pointer[relay] // nil until there is one to be counted
+	talks chan struct{}         // a place for each connection that lingers
+	wg    sync.WaitGroup        // the accept loop and the conversations
+}
+
+// heldError says who holds the lock in our place.
+type heldError struct {
+	addr   string
+	holder *lockInfo // nil: not a relay
+	heard  string    // what a stranger said, for a person
+}
+
+func (e *heldError) Error() string {
+	if e.holder == nil {
+		return fmt.Sprintf("refusing to start: %s, the -instance-lock, is held by something that is not a relay (%s): "+
+			"stop it, or choose another loopback port with -instance-lock, the same for every relay on this host", e.addr, e.heard)
+	}
+	h := e.holder
+	state := ""
+	if h.Draining {
+		state = ", shutting down just now"
+	}
+	return fmt.Sprintf("refusing to start: multi-instance deploy detected: %s %s already runs on this host (pid %d, listening on %s, up %v, servers connected: %d%s) and holds %s; "+
+		"a second relay has a registry of its own, and a phone that lands on the wrong one gets a silent 4404 although its binary is online: "+
+		"stop the first (kill %[3]d), or, for an emergency or a migration only, set %[9]s=1",
+		programName, h.Version, h.PID, h.Listen, time.Since(h.Started).Round(time.Second), h.Servers, state, e.addr, bypassName)
+}
+
+// lockInstance binds addr and answers there with info until Close. A *heldError
+// tells who was first.
+func lockInstance(addr string, info lockInfo) (*instanceLock, error) {
+	var err error
+	for range lockAttempts {
+		var ln net.Listener
+		if ln, err = net.Listen("tcp", addr); err == nil {
+			l := &instanceLock{ln: ln, info: info, talks: make(chan struct{}, maxLockTalks)}
+			l.wg.Add(1)
+			go l.serve()
+			return l, nil
+		}
+		if !errors.Is(err, syscall.EADDRINUSE) {
+			return nil, fmt.Errorf("refusing to start: binding %s, the -instance-lock, which proves that this is the only relay on this host: %w", addr, err)
+		}
+		held, gone := askHolder(addr)
+		if !gone {
+			return nil, held
+		}
+		err = held
+		time.Sleep(50 * time.Millisecond)
+	}
+	return nil, err
+}
+
+// askHolder asks whoever holds addr who it is. gone: nobody listens there.
+func askHolder(addr string) (held *heldError, gone bool) {
+	held = &heldError{addr: addr, heard: "it takes no connections"}
+	nc, err := net.DialTimeout("tcp", addr, lockAnswerTime)
+	if err != nil {
+		return held, true
+	}
+	defer nc.Close()
+	nc.SetDeadline(time.Now().Add(lockAnswerTime))
+	b, err := io.ReadAll(io.LimitReader(nc, maxLockAnswer))
+	var info lockInfo
+	switch {
+	case json.Unmarshal(b, &info) == nil && info.Program == programName:
+		held.holder = &info
+	case len(b) > 0:
+		held.heard = fmt.Sprintf("it says %.60q", strings.TrimSpace(string(b)))
+	case err == nil:
+		held.heard = "it closes the connection"
+	case errors.Is(err, syscall.ECONNRESET):
+		return held, true
+	default:
+		held.heard = fmt.Sprintf("it says nothing for %v", lockAnswerTime)
+	}
+	return held, false
+}
+
+// serve answers until Close.
+func (l *instanceLock) serve() {
+	defer l.wg.Done()
+	for {
+		nc, err := l.ln.Accept()
+		if errors.Is(err, net.ErrClosed) {
+			return
+		}
+		if err != nil { // out of descriptors: those who ask wait meanwhile
+			time.Sleep(50 * time.Millisecond)
+			continue
+		}
+		l.answer(nc.(*net.TCPConn))
+	}
+}
+
+// answer says who holds the lock. The line fits in a new socket's buffer, so that
+// nobody waits for whoever asks; only until he has read it a place is taken.
+func (l *instanceLock) answer(nc *net.TCPConn) {
+	info := l.info
+	if r := l.relay.Load(); r != nil {
+		info.Servers, info.Draining = r.metrics.connectedBinaries.Load(), r.isDraining()
+	}
+	line, _ := json.Marshal(info) // of strings, numbers and a time: does not fail
+	nc.SetDeadline(time.Now().Add(lockAnswerTime))
+	nc.Write(append(line, '\n'))
+	nc.CloseWrite()
+	select {
+	case l.talks <- struct{}{}:
+		l.wg.Add(1)
+		go l.linger(nc)
+	default:
+		nc.Close()
+	}
+}
+
+// linger reads what the other end has said, so that closing does not reset the
+// connection under the answer.
+func (l *instanceLock) linger(nc *net.TCPConn) {
+	defer l.wg.Done()
+	io.Copy(io.Discard, io.LimitReader(nc, maxLockAnswer))
+	nc.Close()
+	<-l.talks
+}
+
+// Close gives the lock back.
+func (l *instanceLock) Close() error {
+	err := l.ln.Close()
+	l.wg.Wait()
+	return err
+}
+
+// platformSign is what betrays a platform on which one command runs a second
+// relay on another host, where no port of this one can notice it.
+func platformSign(getenv func(string) (string, bool)) (variable, platform string) {
+	for _, p := range [...][2]string{{"FLY_APP_NAME", "Fly.io"}, {"KUBERNETES_SERVICE_HOST", "Kubernetes"}} {
+		if v, _ := getenv(p[0]); v != "" {
+			return p[0], p[1]
+		}
+	}
+	return "", ""
+}
+
+// checkPlatform refuses to start where scaling out is one command and nothing
+// would notice it.
+func checkPlatform(o options, getenv func(string) (string, bool)) error {
+	variable, platform := platformSign(getenv)
+	if variable == "" || o.publicURL != nil || o.bypass {
+		return nil
+	}
+	return fmt.Errorf("refusing to start: multi-instance deploy detected: %s is set, and on %s one command runs a second relay, whose registry is another: "+
+		"a phone that lands on the wrong one gets a silent 4404 although its binary is online: "+
+		"give -public-url wss://your.relay (or %s), with which the relay verifies instead of assuming that it is alone, "+
+		"or, for an emergency or a migration only, set %s=1", variable, platform, envName("public-url"), bypassName)
+}

@@ -1,0 +1,210 @@
+package main
+
+import "time"
+
+// ---- writing: any goroutine ----
+
+// addLocked puts c among the peers that the batch flushes, c.mu held.
+func (t *batch) addLocked(c *conn) {
+	if !c.dirty {
+		c.dirty = true
+		t.dirty = append(t.dirty, c)
+	}
+}
+
+// push queues one TEXT message made of three parts, mu held. Where a limit is
+// reached nothing is queued and the reason is told: limit bytes in the queue (0
+// for none) or the process's budget. On a connection that is ending it does
+// nothing.
+func (c *conn) push(t *batch, limit int, head, payload, tail []byte) closeReason {
+	if !c.is(connOpen) {
+		return endNone
+	}
+	n := len(head) + len(payload) + len(tail)
+	// Header and head fit: a conn_id has at most 64 bytes.
+	var room [maxSendHeader + 128]byte
+	front := append(appendFrameHeader(room[:0], opText, n), head...)
+	if size := len(front) + len(payload) + len(tail); limit > 0 && c.out.n+size > limit {
+		c.flush(t)
+		if c.out.n+size > limit {
+			return endBacklogFull
+		}
+	}
+	if !c.put(t, front, payload, tail) {
+		return endMemoryLimit
+	}
+	c.txFrames++
+	c.txBytes += uint64(n)
+	t.addLocked(c)
+	return endNone
+}
+
+// notice queues the close notice of a phone, mu held. It is never refused: there
+// is one for each phone.
+func (c *conn) notice(t *batch, connID string, code uint16) {
+	if !c.is(connOpen) {
+		return
+	}
+	var b [maxSendHeader + 128]byte
+	n := appendCloseNotice(b[maxSendHeader:maxSendHeader], connID, code)
+	var h [maxSendHeader]byte
+	front := appendFrameHeader(h[:0], opText, len(n))
+	c.out.add(&c.relay.memory, true, front, n, nil)
+	c.queued += uint64(len(front) + len(n))
+	c.txFrames++
+	c.txBytes += uint64(len(n))
+	t.addLocked(c)
+}
+
+// put writes or queues one message, mu held.
+func (c *conn) put(t *batch, front, payload, tail []byte) bool {
+	m := &c.relay.memory
+	size := len(front) + len(payload) + len(tail)
+	if len(payload) >= directWrite && c.blocked == 0 {
+		c.flush(t)
+	}
+	if len(payload) < directWrite || c.out.n > 0 || c.broken {
+		if !c.out.add(m, false, front, payload, tail) {
+			return false
+		}
+		c.queued += uint64(size)
+		if c.out.n >= flushAt {
+			c.flush(t)
+		}
+		return true
+	}
+	// The budget is asked before the first byte is out: half a message could
+	// neither be completed nor followed by a close frame.
+	if !m.budget.take(size) {
+		return false
+	}
+	t.views[0], t.views[1], t.views[2] = front, payload, tail
+	n, err := c.sock.write(t.views[:3])
+	m.budget.give(size)
+	for _, p := range t.views[:3] {
+		done := min(n, len(p))
+		n -= done
+		if p = p[done:]; len(p) > 0 {
+			c.out.add(m, true, p, nil, nil)
+			c.queued += uint64(len(p))
+		}
+	}
+	clear(t.views[:3])
+	c.wrote(t, err)
+	return true
+}
+
+// flush writes what is queued until the socket takes no more, mu held.
+func (c *conn) flush(t *batch) {
+	for c.out.n > 0 && c.blocked == 0 && !c.broken {
+		nv := c.out.views(t.views[:])
+		n, err := c.sock.write(t.views[:nv])
+		clear(t.views[:nv])
+		c.out.discard(&c.relay.memory, n)
+		c.wrote(t, err)
+		if c.out.n == 0 && c.pong != nil {
+			p := c.pong
+			c.pong = nil
+			c.queuePong(p)
+		}
+	}
+	if c.out.n == 0 {
+		c.flushed(t.now)
+	}
+}
+
+// wrote notes what a write came to, mu held.
+func (c *conn) wrote(t *batch, err error) {
+	switch {
+	case err == nil:
+	case err == errAgain:
+		c.blocked = t.now
+	default:
+		// The reader finds the same error, and ends the connection.
+		c.broken = true
+		c.out.drop(&c.relay.memory)
+		c.sock.abort()
+	}
+}
+
+// flushed moves a connection that is ending on once its last bytes are out, mu held.
+func (c *conn) flushed(now int64) {
+	if !c.is(connClosing) || c.broken || c.endReason == endPeerLost {
+		return
+	}
+	if !c.answered {
+		if !c.sentClose {
+			c.sentClose = true
+			c.closeAfter(now, c.relay.o.closeTimeout)
+		}
+		return
+	}
+	c.state.Store(uint32(connLinger))
+	c.sock.closeWrite()
+	// The peer's FIN ends it. Until then what it still sends is read, so that
+	// no reset overtakes the close frame.
+	wait := c.relay.o.lingerTimeout
+	if !c.peerDone {
+		wait = c.relay.o.closeTimeout
+	}
+	c.closeAfter(now, wait)
+}
+
+func (c *conn) closeAfter(now int64, d time.Duration) { c.closeBy = now + int64(d) }
+
+// drained hands out the phones that waited for this binary once it has taken
+// enough, mu held. The caller wakes them without the lock.
+func (c *conn) drained() (woken []*conn) {
+	if len(c.waiters) > 0 && c.out.n <= resumeAt {
+		woken, c.waiters = c.waiters, nil
+	}
+	return woken
+}
+
+// writable: the socket takes bytes again. Called by the reader.
+func (c *conn) writable(t *batch) {
+	c.mu.Lock()
+	if c.blocked == 0 {
+		c.mu.Unlock()
+		return
+	}
+	c.blocked = 0
+	c.flush(t)
+	woken := c.drained()
+	c.mu.Unlock()
+	wake(woken)
+}
+
+// sendPong answers a ping.
+func (c *conn) sendPong(t *batch, p []byte) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if !c.is(connOpen) {
+		return
+	}
+	if c.queued-uint64(c.out.n) >= c.pongEnd {
+		c.pongs = 0 // every pong before this one is out
+	}
+	if c.pongs >= maxPongs {
+		c.pong = append(c.pong[:0], p...)
+		return
+	}
+	c.queuePong(p)
+	t.addLocked(c)
+}
+
+// queuePong appends a pong, mu held.
+func (c *conn) queuePong(p []byte) {
+	c.queueControl(opPong, p)
+	c.pongs += len(p) + 2
+	c.pongEnd = c.queued
+}
+
+// queueControl appends a control frame, mu held. It is never refused: pings are
+// ours, a close comes once, and pongs are bounded by maxPongs.
+func (c *conn) queueControl(op byte, p []byte) {
+	var b [2 + maxControl]byte
+	f := append(appendFrameHeader(b[:0], op, len(p)), p...)
+	c.out.add(&c.relay.memory, true, f, nil, nil)
+	c.queued += uint64(len(f))
+}
