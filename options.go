@@ -109,7 +109,7 @@ func (o *options) flags() *flag.FlagSet {
 	fs.Var(duration(&o.ping, time.Second, time.Hour), "ping", "heartbeat interval; a peer silent for one more interval is dead")
 	fs.Var(duration(&o.drain, time.Second, time.Hour), "drain", "shutdown deadline")
 	fs.Var(number(&o.maxFrame, 1<<10, 16<<20), "max-frame", "`bytes` of one message, both legs")
-	fs.Var(number(&o.maxPhones, 1, 1<<16), "max-phones", "`phones` per server-id")
+	fs.Var(number(&o.maxPhones, 1, 1<<20), "max-phones", "`phones` per server-id")
 	fs.Var(number(&o.maxConnections, 1, 1<<20), "max-connections", "live WebSocket `connections`; the next upgrade gets 503")
 	fs.Var(number(&o.queue, 1<<10, 1<<30), "queue", "`bytes` queued per phone")
 	fs.Var(number(&o.queueTotal, 1<<10, 1<<40), "queue-total", "`bytes` queued, and of half-received messages, in the whole process")
