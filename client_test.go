@@ -32,6 +32,8 @@ type testRelay struct {
 	srv  *http.Server
 	logs *logBuffer
 	once sync.Once
+
+	connect func() (net.Conn, error) // a client's end of a new connection
 }
 
 // testOptions are the defaults without the rate limit, which one test's many
@@ -65,6 +67,7 @@ func startRelayOn(t testing.TB, o options, ln net.Listener) *testRelay {
 	}
 	r.srv = &http.Server{Handler: r.relay}
 	go r.srv.Serve(ln)
+	r.connect = func() (net.Conn, error) { return net.Dial("tcp", r.addr) }
 	t.Cleanup(r.stop)
 	return r
 }
@@ -184,7 +187,7 @@ func (r *testRelay) mustDial(path string, h http.Header) *wsClient {
 
 // dial asks for an upgrade. Where it is refused the client is nil.
 func (r *testRelay) dial(path string, h http.Header) (*wsClient, *http.Response, error) {
-	nc, err := net.Dial("tcp", r.addr)
+	nc, err := r.connect()
 	if err != nil {
 		return nil, nil, err
 	}
