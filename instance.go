@@ -151,6 +151,14 @@ func (p *probeKeys) valid(serverID, nonce string) bool {
 	return true
 }
 
+// unused reports whether a nonce has not come back, and so did not reach this relay.
+func (p *probeKeys) unused(nonce string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	_, ok := p.keys[nonce]
+	return ok
+}
+
 // revoke forgets the nonces of a server-id.
 func (p *probeKeys) revoke(serverID string) {
 	p.mu.Lock()

@@ -47,6 +47,9 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 	if err == nil {
 		err = checkPlatform(o, getenv)
 	}
+	if err == nil {
+		o.checkPace, err = paceFrom(getenv)
+	}
 	if err != nil {
 		fmt.Fprintln(stderr, programName+":", err)
 		return exitRefused
@@ -131,6 +134,7 @@ func serve(ctx context.Context, o options, log *slog.Logger) (code int, err erro
 		log.Info("this is the only relay on this host; next: put a TLS proxy in front, and try it with: "+programName+" probe ws://"+addr, "lock", o.instanceLock)
 	}
 
+	check := startPublicCheck(o, r)
 	select {
 	case <-ctx.Done():
 		log.Info("shutting down", "deadline", o.drain)
@@ -138,7 +142,10 @@ func serve(ctx context.Context, o options, log *slog.Logger) (code int, err erro
 		log.Info("shutting down; a second signal stops at once", "signal", s.String(), "deadline", o.drain)
 	case err = <-failed:
 		code = exitFailed
+	case err = <-check.leave:
+		code = exitRefused
 	}
+	check.stop()
 	if stopped := stop(r, servers, signals, o.drain); !stopped {
 		return exitFailed, errors.New("stopped at once by a second signal")
 	}

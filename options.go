@@ -1,6 +1,8 @@
 package main
 
 import (
+	"cmp"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -50,6 +52,7 @@ type options struct {
 	writeTimeout     time.Duration // a peer that takes nothing for this long is gone
 	closeTimeout     time.Duration // for the answer to a close frame
 	lingerTimeout    time.Duration // for the peer's FIN after the close handshake
+	checkPace        checkPace     // of the check of -public-url
 }
 
 func defaultOptions() options {
@@ -76,6 +79,7 @@ func defaultOptions() options {
 		writeTimeout:     10 * time.Second,
 		closeTimeout:     5 * time.Second,
 		lingerTimeout:    time.Second,
+		checkPace:        defaultPace(),
 	}
 }
 
@@ -105,9 +109,9 @@ func (o *options) flags() *flag.FlagSet {
 	fs.Var(truthValue(&o.adminAny), "admin-any", "let -admin be any address: whoever reaches it reads the metrics")
 	fs.Var(lockAddress(&o.instanceLock), "instance-lock", "loopback `address` whose bind proves that this is the only relay on this host")
 	fs.Var(publicAddress(&o.publicURL), "public-url", "the relay's own public `URL`, as wss://relay.example.com: it then checks from outside who answers there")
-	fs.Var(duration(&o.grace, 0, time.Hour), "grace", "how long a claim outlives its binary's connection")
-	fs.Var(duration(&o.ping, time.Second, time.Hour), "ping", "heartbeat interval; a peer silent for one more interval is dead")
-	fs.Var(duration(&o.drain, time.Second, time.Hour), "drain", "shutdown deadline")
+	fs.Var(duration(&o.grace, 0, time.Hour), "grace", "`duration` for which a claim outlives its binary's connection")
+	fs.Var(duration(&o.ping, time.Second, time.Hour), "ping", "`duration` between heartbeats; a peer silent for one more is dead")
+	fs.Var(duration(&o.drain, time.Second, time.Hour), "drain", "`duration` that a shutdown may take")
 	fs.Var(number(&o.maxFrame, 1<<10, 16<<20), "max-frame", "`bytes` of one message, both legs")
 	fs.Var(number(&o.maxPhones, 1, 1<<20), "max-phones", "`phones` per server-id")
 	fs.Var(number(&o.maxConnections, 1, 1<<20), "max-connections", "live WebSocket `connections`; the next upgrade gets 503")
@@ -133,22 +137,26 @@ const bypassName = "PYRYCODE_RELAY_SINGLE_INSTANCE"
 func parseOptions(args []string, getenv func(string) (string, bool)) (options, error) {
 	o := defaultOptions()
 	fs := o.flags()
-	if err := fs.Parse(args); err != nil {
+	if err := fs.Parse(args); errors.Is(err, flag.ErrHelp) {
 		return o, err
+	} else if err != nil {
+		return o, fmt.Errorf("%w (-h lists the flags)", err)
 	}
 	if fs.NArg() > 0 {
-		return o, fmt.Errorf("unknown command %q: the commands are version and probe; -h lists the flags", fs.Arg(0))
+		return o, fmt.Errorf("unknown command %q: the commands are version and probe, each before its own flags; -h lists the flags of the relay", fs.Arg(0))
 	}
 	given := map[string]bool{}
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
 	var bad error
+	source := map[string]string{} // of what the environment decided
 	fs.VisitAll(func(f *flag.Flag) {
 		v, set := getenv(envName(f.Name))
 		if !set || given[f.Name] || bad != nil {
 			return
 		}
+		source[f.Name] = "variable " + envName(f.Name)
 		if err := f.Value.Set(v); err != nil {
-			bad = fmt.Errorf("invalid value %q for variable %s: %w", v, envName(f.Name), err)
+			bad = fmt.Errorf("invalid value %q for %s: %w", v, source[f.Name], err)
 		}
 	})
 	if bad != nil {
@@ -160,19 +168,20 @@ func parseOptions(args []string, getenv func(string) (string, bool)) (options, e
 	default:
 		o.bypass = set
 	}
-	return o, o.validate()
+	return o, o.validate(func(flag string) string { return cmp.Or(source[flag], "flag -"+flag) })
 }
 
-// validate looks at what one flag alone cannot tell.
-func (o *options) validate() error {
+// validate looks at what one flag alone cannot tell. source says where the value
+// of a flag was set.
+func (o *options) validate(source func(flag string) string) error {
 	if host, _, _ := net.SplitHostPort(o.admin); o.admin != "" && !o.adminAny && !loopback(host) {
-		return fmt.Errorf("invalid value %q for flag -admin: want a loopback address, such as 127.0.0.1:8081, or -admin-any as well", o.admin)
+		return fmt.Errorf("invalid value %q for %s: want a loopback address, such as 127.0.0.1:8081, or -admin-any as well", o.admin, source("admin"))
 	}
 	if need := o.maxFrame + maxSendHeader; o.queue < need {
-		return fmt.Errorf("invalid value %d for flag -queue: want at least %d, so that one message of -max-frame bytes fits", o.queue, need)
+		return fmt.Errorf("invalid value %d for %s: want at least %d, so that one message of -max-frame bytes fits", o.queue, source("queue"), need)
 	}
 	if o.queueTotal < int64(o.queue) {
-		return fmt.Errorf("invalid value %d for flag -queue-total: want at least %d, the -queue of one phone", o.queueTotal, o.queue)
+		return fmt.Errorf("invalid value %d for %s: want at least %d, the -queue of one phone", o.queueTotal, source("queue-total"), o.queue)
 	}
 	return nil
 }
@@ -196,7 +205,8 @@ Each flag is also an environment variable; the command line wins.
 	o := defaultOptions()
 	o.flags().VisitAll(func(f *flag.Flag) {
 		name, usage := flag.UnquoteUsage(f)
-		fmt.Fprintf(w, "  -%s %s\n        %s\n        default %q, variable %s\n", f.Name, name, usage, f.DefValue, envName(f.Name))
+		head := strings.TrimSpace("-" + f.Name + " " + name) // a flag that is true or false has no name for its value
+		fmt.Fprintf(w, "  %s\n        %s\n        default %q, variable %s\n", head, usage, f.DefValue, envName(f.Name))
 	})
 	fmt.Fprintf(w, `
   %s=1 skips the single-instance checks: for
@@ -204,6 +214,7 @@ Each flag is also an environment variable; the command line wins.
 
 Signals: SIGTERM and SIGINT drain and stop; a second one stops at once.
 Exit codes: 0 asked to stop, 1 failure while running, 2 refused to start.
+A start that fails says why in one plain line, whatever -log-format is.
 `, bypassName)
 }
 
@@ -282,7 +293,7 @@ func level(p *slog.Level) setting {
 
 func checkAddress(s string) error {
 	_, port, err := net.SplitHostPort(s)
-	if n, numErr := strconv.Atoi(port); err != nil || numErr != nil || n < 0 || n > 65535 {
+	if _, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil {
 		return fmt.Errorf("want host:port, such as 127.0.0.1:8080")
 	}
 	return nil

@@ -1,0 +1,163 @@
+package main
+
+import (
+	"cmp"
+	"crypto/tls"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"strings"
+	"syscall"
+	"time"
+)
+
+// What stands between a client and a relay, in the words of whoever has to
+// repair it.
+
+// fault is something that is wrong, and what to do about it.
+type fault struct{ what, remedy string }
+
+// explain tells what a failed dial, or a session's early end, means.
+func explain(base *url.URL, err error) fault {
+	var e *dialError
+	if !errors.As(err, &e) {
+		return explainEnd(err)
+	}
+	switch e.step {
+	case stepDNS:
+		return explainDNS(base, e.err)
+	case stepTCP:
+		return explainTCP(e.err)
+	case stepTLS:
+		return explainTLS(base, e.err)
+	}
+	if e.trip.answer == nil {
+		f := fault{"no HTTP answer: " + e.err.Error(), "check that the port is the one of the proxy, and that the proxy's backend is the relay"}
+		if base.Scheme == "ws" {
+			f.remedy += "; if the port speaks TLS, use wss://"
+		}
+		return f
+	}
+	return explainAnswer(base, e.trip.answer, e.err)
+}
+
+func explainDNS(base *url.URL, err error) fault {
+	var d *net.DNSError
+	if errors.As(err, &d) && d.IsNotFound {
+		return fault{fmt.Sprintf("the name %s is not known here", base.Hostname()),
+			"correct the name, or give it an A or AAAA record; a home network may answer for other names than the world does (split DNS)"}
+	}
+	return fault{fmt.Sprintf("looking up %s failed: %v", base.Hostname(), err), "check this machine's resolver (/etc/resolv.conf)"}
+}
+
+func explainTCP(err error) fault {
+	what := strings.ReplaceAll(err.Error(), "\n", "; ")
+	switch {
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return fault{"nothing listens there: " + what, "start the proxy (or the relay) there, or correct the port"}
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return fault{"nobody answers there: " + what,
+			"open the port in the firewall and forward it in the router; from inside the relay's own network the router may lack hairpin NAT: try from outside"}
+	}
+	return fault{what, "check the address and this machine's route to it"}
+}
+
+func explainTLS(base *url.URL, err error) fault {
+	var (
+		invalid x509.CertificateInvalidError
+		name    x509.HostnameError
+		unknown x509.UnknownAuthorityError
+		record  tls.RecordHeaderError
+		alert   tls.AlertError
+	)
+	switch {
+	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
+		c, now := invalid.Cert, time.Now()
+		if now.Before(c.NotBefore) {
+			return fault{"the certificate is valid from " + day(c.NotBefore) + " only", "check the clock of this machine and of the one that made the certificate"}
+		}
+		return fault{fmt.Sprintf("the certificate expired on %s, %s ago", day(c.NotAfter), age(now.Sub(c.NotAfter))),
+			"renew the certificate, have the proxy load it, and find out why that did not happen by itself; check this machine's clock"}
+	case errors.As(err, &name):
+		return fault{fmt.Sprintf("the certificate is for %s, not for %s", cmp.Or(strings.Join(name.Certificate.DNSNames, ", "), "no name"), base.Hostname()),
+			"give the proxy a certificate for " + base.Hostname() + ", or use a name that the certificate has"}
+	case errors.As(err, &unknown):
+		return fault{"the certificate's issuer is not trusted here",
+			"use a certificate of a public authority, with its chain (fullchain.pem): phones do not trust this one either"}
+	case errors.As(err, &record):
+		return fault{"what answers does not speak TLS", "use the proxy's TLS port; for a relay without a proxy in front use ws://"}
+	case errors.As(err, &alert):
+		return fault{"the server refused the TLS handshake: " + alert.Error(), "give the proxy a certificate for " + base.Hostname()}
+	}
+	return fault{"the TLS handshake failed: " + err.Error(), "check that the port speaks TLS, and what the proxy logs"}
+}
+
+// passUpgrade is what proxies forget.
+const passUpgrade = `have the proxy pass the upgrade on (nginx: proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection "upgrade";)`
+
+// explainAnswer tells what an answer other than a good 101 means.
+func explainAnswer(base *url.URL, a *answer, err error) fault {
+	if _, relay := a.identity(); relay {
+		what := fmt.Sprintf("the relay refuses with %q: %s", a.status, a.text)
+		switch a.code {
+		case http.StatusUpgradeRequired:
+			return fault{what, passUpgrade}
+		case http.StatusBadRequest:
+			return fault{what, "have the proxy pass user-agent and the x-pyrycode-* headers on unchanged"}
+		case http.StatusTooManyRequests:
+			return fault{what, "wait a minute, or raise -rate-per-minute; if everybody gets this, the proxy's address is not in -trusted-proxies"}
+		}
+		return fault{what, "wait, and try again"}
+	}
+	what := fmt.Sprintf("something that is not a relay answers %q", a.status)
+	if s := a.header.Get("Server"); s != "" {
+		what += fmt.Sprintf(" (server: %.40s)", s)
+	}
+	switch c := a.code; {
+	case c == http.StatusSwitchingProtocols:
+		return fault{fmt.Sprintf("%s, which is no good upgrade: %v", what, err), passUpgrade}
+	case c >= 300 && c < 400:
+		return fault{what + ", a redirect to " + cmp.Or(a.header.Get("Location"), "nowhere"), "use the address it leads to: peers follow no redirect"}
+	case c == http.StatusUnauthorized || c == http.StatusForbidden || c == http.StatusProxyAuthRequired:
+		return fault{what, "let /v1/ and /v2/ through to the relay without a login"}
+	case c == http.StatusTooManyRequests:
+		return fault{what, "wait a minute: the proxy in front limits upgrades"}
+	case c >= 502 && c <= 504:
+		return fault{what + ": the proxy does not reach a relay behind it", "start the relay, and give the proxy its -listen address as backend"}
+	case c == http.StatusBadRequest && base.Scheme == "ws":
+		return fault{what, "if the port speaks TLS, use wss://; otherwise " + passUpgrade}
+	case c == http.StatusUpgradeRequired:
+		return fault{what, passUpgrade}
+	}
+	return fault{what, "correct the address, or have the proxy pass /v1/ and /v2/ on to the relay"}
+}
+
+// explainEnd tells what it means that a session with a relay did not last.
+func explainEnd(err error) fault {
+	var end *endError
+	switch {
+	case !errors.As(err, &end):
+		return fault{err.Error(), "have the proxy pass WebSocket frames on at once, without buffering"}
+	case end.err != nil:
+		return fault{end.Error(), "look at the proxy's log: it cut a connection that was open"}
+	}
+	return fault{end.Error(), "look at the relay's log"}
+}
+
+func day(t time.Time) string { return t.UTC().Format(time.DateOnly) }
+
+// age is a duration as a person says it.
+func age(d time.Duration) string {
+	d = max(d, 0)
+	switch {
+	case d >= 48*time.Hour:
+		return fmt.Sprintf("%d days", d/(24*time.Hour))
+	case d >= time.Hour:
+		return fmt.Sprintf("%dh%dm", d/time.Hour, d%time.Hour/time.Minute)
+	}
+	return d.Round(time.Second).String()
+}

@@ -1,0 +1,244 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"log/slog"
+	mrand "math/rand/v2"
+	"strings"
+	"sync"
+	"time"
+)
+
+// The second guard against a second relay, across hosts: this one asks its own
+// public name who answers there (-public-url). What is found is a verdict for
+// the log, /healthz and /metrics; only an older relay behind the same name, seen
+// again and again, ends this process. How a round looks: publicround.go.
+
+const (
+	firstJoins = 8 // phones in the first round
+	laterJoins = 4
+	// splitRounds is how often, and checkPace.over for how long, an older relay
+	// must be seen before this one gives way: a rolling update overlaps for
+	// seconds.
+	splitRounds = 3
+)
+
+// checkPace is when the public name is checked.
+type checkPace struct {
+	every time.Duration // between rounds, while all is well
+	again time.Duration // between rounds after one that was not
+	over  time.Duration // how long a split lasts before the younger relay ends
+}
+
+func defaultPace() checkPace {
+	return checkPace{every: 5 * time.Minute, again: 30 * time.Second, over: 90 * time.Second}
+}
+
+// paceName is for tests of a whole process, which cannot wait for minutes. It is
+// no option: an operator has no reason to know of it.
+const paceName = "PYRYCODE_RELAY_TEST_PUBLIC_CHECK"
+
+// paceFrom reads the variable paceName: every,again,over as in 2s,500ms,1500ms.
+func paceFrom(getenv func(string) (string, bool)) (checkPace, error) {
+	p := defaultPace()
+	v, set := getenv(paceName)
+	if !set {
+		return p, nil
+	}
+	parts := strings.Split(v, ",")
+	into := []*time.Duration{&p.every, &p.again, &p.over}
+	for i, s := range parts {
+		d, err := time.ParseDuration(s)
+		if len(parts) != len(into) || err != nil || d <= 0 {
+			return p, fmt.Errorf("invalid value %q for variable %s: want three durations, such as 2s,500ms,1500ms", v, paceName)
+		}
+		*into[i] = d
+	}
+	return p, nil
+}
+
+// finding is what one round found.
+type finding struct {
+	verdict publicVerdict // verified, split, not-a-relay or unreachable
+	others  []identity    // of a split: who else answers, without those that do not say who they are
+	fault   fault         // of the rest
+	joins   int           // phones that tried
+	failed  int           // of them
+}
+
+// publicCheck checks the public name until its context ends.
+type publicCheck struct {
+	// Set at the start.
+	me     identity
+	url    string
+	bypass bool
+	pace   checkPace
+	state  *instanceState
+	log    *slog.Logger
+	round  func(ctx context.Context, joins int) finding
+	leave  chan error // says that this process must give way
+
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	// Owned by run.
+	suspected bool // the last round saw a split, the one before did not
+	changed   time.Time
+	seen      map[string]*sighting // by id: older relays, since the split began
+}
+
+// sighting is an older relay that answers to our name.
+type sighting struct {
+	rounds int
+	first  time.Time
+}
+
+// startPublicCheck starts the check, if there is a -public-url.
+func startPublicCheck(o options, r *relay) *publicCheck {
+	c := &publicCheck{me: r.id, bypass: o.bypass, pace: o.checkPace, state: r.instance, log: r.log, leave: make(chan error, 1)}
+	ctx, cancel := context.WithCancel(context.Background())
+	c.cancel = cancel
+	if o.publicURL == nil {
+		return c
+	}
+	c.url = o.publicURL.String()
+	path := &publicPath{me: r.id, base: o.publicURL, keys: r.probes, pause: o.checkPace.again / 200}
+	c.round = path.round
+	c.state.setPublic(publicPending)
+	c.wg.Go(func() { c.run(ctx) })
+	return c
+}
+
+// stop ends the check and whatever it has open.
+func (c *publicCheck) stop() {
+	c.cancel()
+	c.wg.Wait()
+}
+
+func (c *publicCheck) run(ctx context.Context) {
+	joins := firstJoins
+	wait := min(time.Second, c.pace.again) // the listener has just opened
+	for {
+		next := time.NewTimer(wait)
+		select {
+		case <-next.C:
+		case <-ctx.Done():
+			next.Stop()
+			return
+		}
+		f := c.round(ctx, joins)
+		if ctx.Err() != nil {
+			return
+		}
+		joins = laterJoins
+		if err := c.judge(f, time.Now()); err != nil {
+			c.leave <- err
+			return
+		}
+		wait = c.pace.every
+		// What has just gone wrong may be over soon.
+		if _, v := c.state.verdicts(); c.suspected || v != publicVerified && time.Since(c.changed) < 2*c.pace.every {
+			wait = c.pace.again
+		}
+		wait = wait*9/10 + mrand.N(wait/5+1)
+	}
+}
+
+// judge makes a verdict of a finding. An error names the older relay, for which
+// this one gives way. One round alone is no split: while a relay is replaced
+// both answer for a moment.
+func (c *publicCheck) judge(f finding, now time.Time) error {
+	_, was := c.state.verdicts()
+	if f.verdict == publicSplit && was != publicSplit && !c.suspected {
+		c.suspected = true
+		c.log.Info("another relay answered to the public name; checking again", "url", c.url, "other", names(f.others), "in", c.pace.again)
+		c.sight(f.others, now)
+		return nil
+	}
+	c.suspected = false
+	if f.verdict != was {
+		c.changed = now
+		c.state.setPublic(f.verdict)
+		c.report(f, now)
+	}
+	if f.verdict != publicSplit {
+		c.seen = nil
+		return nil
+	}
+	return c.sight(f.others, now)
+}
+
+// sight remembers the older of others. The error, if it is time for one, names
+// the oldest that has been seen often and long enough.
+func (c *publicCheck) sight(others []identity, now time.Time) error {
+	if c.seen == nil {
+		c.seen = map[string]*sighting{}
+	}
+	var first *identity
+	for _, other := range others {
+		if !other.olderThan(c.me) {
+			continue // it is the one to give way
+		}
+		s := c.seen[other.id]
+		if s == nil {
+			s = &sighting{first: now}
+			c.seen[other.id] = s
+		}
+		s.rounds++
+		confirmed := s.rounds >= splitRounds && now.Sub(s.first) >= c.pace.over
+		if confirmed && (first == nil || other.olderThan(*first)) {
+			first = &other
+		}
+	}
+	if first == nil || c.bypass {
+		return nil
+	}
+	return fmt.Errorf("refusing to go on: multi-instance deploy detected: relay %s, started %s (%s ago), answers to %s as well, seen %d times within %v; "+
+		"each has a registry of its own, and a phone that lands on the wrong one gets a silent 4404 although its binary is online: "+
+		"this one (%s, started %s) is younger and stops, so that one goes on; run exactly one behind that name, or, for an emergency or a migration only, set %s=1",
+		first.id, first.started.Format(time.RFC3339), age(now.Sub(first.started)), c.url, c.seen[first.id].rounds, now.Sub(c.seen[first.id].first).Round(time.Second),
+		c.me.id, c.me.started.Format(time.RFC3339), bypassName)
+}
+
+// report logs a verdict that is new.
+func (c *publicCheck) report(f finding, now time.Time) {
+	switch f.verdict {
+	case publicVerified:
+		c.log.Info("public name verified: it leads to this relay and to no other", "url", c.url, "phones", f.joins)
+	case publicSplit:
+		next := "the younger of the two stops if it has -public-url, too"
+		var oldest string
+		for _, other := range f.others {
+			if other.olderThan(c.me) {
+				next = fmt.Sprintf("this relay, the younger, stops if that lasts for %v", c.pace.over)
+			}
+		}
+		if c.bypass {
+			next = bypassName + "=1: this relay goes on"
+		}
+		if len(f.others) > 0 {
+			o := f.others[0]
+			oldest = age(now.Sub(o.started))
+		}
+		c.log.Error("multi-instance deploy detected: another relay answers to the public name, and a phone that lands on the wrong one gets 4404 although its binary is online: run exactly one",
+			"url", c.url, "other", names(f.others), "other_age", oldest, "instance", c.me.id, "age", age(now.Sub(c.me.started)), "next", next)
+	case publicNotARelay:
+		c.log.Warn("public name not verified: something that is not this relay answers", "url", c.url, "found", f.fault.what, "remedy", f.fault.remedy, "phones", f.joins, "failed", f.failed)
+	case publicUnreachable:
+		c.log.Warn("public name not verified: it cannot be reached from here, which is common behind a home router (hairpin NAT, split DNS) and harmless if peers can",
+			"url", c.url, "found", f.fault.what, "remedy", f.fault.remedy, "phones", f.joins, "failed", f.failed)
+	}
+}
+
+// names lists instances for the log.
+func names(others []identity) string {
+	if len(others) == 0 {
+		return "a relay that does not say who it is, of an older version"
+	}
+	var all []string
+	for _, o := range others {
+		all = append(all, o.id)
+	}
+	return strings.Join(all, " ")
+}

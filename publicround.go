@@ -1,0 +1,238 @@
+package main
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	mrand "math/rand/v2"
+	"net/url"
+	"slices"
+	"time"
+)
+
+// One round of the check of the public name: a claim, and phones that join it,
+// all from outside. A phone that gets 4404 while the claim is held is the failure
+// that is looked for; who gave an answer stands in its instanceHeader.
+
+const (
+	// maxClaims is how many server-ids are tried until a claim lands here. A
+	// balancer that sticks by server-id brings every other one to the other of
+	// two relays, which is no fault as long as phones follow; with four relays
+	// one round in a hundred has no claim here.
+	maxClaims = 16
+	// maxMisses is how many claims may reach no relay at all.
+	maxMisses = 3
+	// elsewhereJoins are the phones that look whether they follow a claim on
+	// another relay.
+	elsewhereJoins = 2
+)
+
+// publicPath is the way through the public name.
+type publicPath struct {
+	me    identity
+	base  *url.URL
+	keys  *probeKeys
+	pause time.Duration // at most, between two connections
+
+	dialer dialer
+}
+
+// reach is whom one connection reached.
+type reach struct {
+	kind reachKind
+	who  identity // of reachOther; zero if it does not say
+	err  error    // of reachStranger and reachNobody
+}
+
+type reachKind uint8
+
+const (
+	reachMe reachKind = iota
+	reachOther
+	reachStranger // an answer, and not of a relay that says so
+	reachNobody
+)
+
+// tally adds up what a round's connections reached.
+type tally struct {
+	base      *url.URL
+	joins     int
+	failed    int
+	split     bool
+	others    []identity
+	stranger  error
+	unreached error
+}
+
+func (t *tally) add(r reach) {
+	switch r.kind {
+	case reachOther:
+		t.split = true
+		if r.who != (identity{}) && !slices.Contains(t.others, r.who) {
+			t.others = append(t.others, r.who)
+		}
+	case reachStranger:
+		t.stranger = cmp.Or(t.stranger, r.err)
+	case reachNobody:
+		t.unreached = cmp.Or(t.unreached, r.err)
+	}
+}
+
+// finding is the verdict: what is worst to miss comes first.
+func (t *tally) finding() finding {
+	f := finding{verdict: publicVerified, joins: t.joins, failed: t.failed}
+	switch {
+	case t.split:
+		slices.SortFunc(t.others, func(a, b identity) int {
+			if a.olderThan(b) {
+				return -1
+			}
+			return 1
+		})
+		f.verdict, f.others = publicSplit, t.others
+	case t.stranger != nil:
+		f.verdict, f.fault = publicNotARelay, explain(t.base, t.stranger)
+	case t.unreached != nil:
+		f.verdict, f.fault = publicUnreachable, explain(t.base, t.unreached)
+	}
+	return f
+}
+
+// round looks once, with a number of phones.
+func (p *publicPath) round(ctx context.Context, joins int) finding {
+	p.dialer.base = p.base
+	t := &tally{base: p.base}
+	var elsewhere []reach
+	for misses := 0; len(elsewhere)+misses < maxClaims && misses < maxMisses && ctx.Err() == nil; {
+		switch r := p.tryID(ctx, joins, t); r.kind {
+		case reachMe:
+			return t.finding()
+		case reachOther:
+			elsewhere = append(elsewhere, r)
+			if t.split {
+				t.add(r)
+				return t.finding()
+			}
+		default:
+			misses++
+			t.add(r)
+		}
+		p.rest(ctx)
+	}
+	for _, r := range elsewhere {
+		t.add(r)
+	}
+	return t.finding()
+}
+
+// tryID claims a new server-id and joins it as a phone. It returns whom the claim
+// reached; the phones go into t.
+func (p *publicPath) tryID(ctx context.Context, joins int, t *tally) reach {
+	id := probeID()
+	defer p.keys.revoke(id)
+	claim, at := p.open(ctx, legBinary, id)
+	if claim != nil {
+		defer claim.close()
+		if at.kind == reachStranger {
+			return at
+		}
+		if err := claim.settled(); err != nil {
+			claim.close()
+			claim = nil
+			if at.kind == reachMe {
+				// The name leads here, and on the way frames are lost.
+				return reach{kind: reachNobody, err: err}
+			}
+		} else {
+			go claim.echo() // until claim is closed
+		}
+	}
+	switch at.kind {
+	case reachMe:
+		for range joins {
+			p.rest(ctx)
+			r := p.join(ctx, id, claim)
+			t.joins++
+			if r.kind != reachMe {
+				t.failed++
+			}
+			t.add(r)
+		}
+	case reachOther:
+		for range elsewhereJoins {
+			p.rest(ctx)
+			switch r := p.join(ctx, id, nil); {
+			case r.kind == reachMe:
+				t.split = true // the claim is over there, and this phone is here
+			case r.kind == reachOther && r.who != at.who:
+				t.add(r)
+			}
+		}
+	}
+	return at
+}
+
+// open dials one leg and tells who answered. The session is nil where there is none.
+func (p *publicPath) open(ctx context.Context, l leg, id string) (*wsPeer, reach) {
+	nonce := p.keys.issue(id)
+	peer, err := p.dialer.dial(ctx, l, id, nonce)
+	var a *answer
+	var failed *dialError
+	if errors.As(err, &failed) {
+		a = failed.trip.answer
+	} else {
+		a = peer.answer
+	}
+	who, ok := a.identity()
+	switch {
+	case ok && who.id == p.me.id, !ok && a != nil && !p.keys.unused(nonce): // a proxy may take the header away
+		return peer, reach{kind: reachMe}
+	case ok:
+		return peer, reach{kind: reachOther, who: who}
+	case a != nil:
+		if err == nil {
+			err = fmt.Errorf("%q comes without %s: a relay of an older version, or a proxy that takes that header away", a.status, instanceHeader)
+		}
+		return peer, reach{reachStranger, identity{}, err}
+	}
+	return nil, reach{reachNobody, identity{}, err}
+}
+
+// join is one phone. With a claim that is held here, it must get a frame there
+// and back.
+func (p *publicPath) join(ctx context.Context, id string, claim *wsPeer) reach {
+	ph, r := p.open(ctx, legPhone, id)
+	if ph == nil {
+		return r
+	}
+	defer ph.close()
+	if claim == nil || r.kind == reachOther {
+		return r
+	}
+	err := ph.roundTrip([]byte(`"` + id + `"`))
+	var end *endError
+	switch {
+	case err == nil:
+		return reach{kind: reachMe} // whatever became of the header: the frame was here
+	case r.kind == reachStranger && claim.alive() && errors.As(err, &end) && end.code == int(endNeverSeen.code()):
+		return reach{kind: reachOther}
+	case r.kind == reachStranger:
+		return r
+	}
+	return reach{reachNobody, identity{}, err}
+}
+
+// rest is a pause of random length, so that of two relays that check at the same
+// time behind a round robin each does not get just its own.
+func (p *publicPath) rest(ctx context.Context) {
+	if p.pause <= 0 {
+		return
+	}
+	t := time.NewTimer(mrand.N(p.pause))
+	defer t.Stop()
+	select {
+	case <-t.C:
+	case <-ctx.Done():
+	}
+}
