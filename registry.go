@@ -232,6 +232,9 @@ func (g *registry) expire(e *entry, epoch uint64) {
 	g.count(e, &g.relay.metrics.connectedPhones, -int64(len(e.phones)))
 	closing := e.phones
 	e.phones = nil
+	for _, ph := range closing {
+		ph.letGo()
+	}
 	e.mu.Unlock()
 	t := g.relay.batch()
 	for _, ph := range closing {
@@ -313,8 +316,13 @@ func (g *registry) leave(t *batch, ph *phoneLeg, code uint16) {
 func (g *registry) remove(e *entry, ph *phoneLeg) {
 	delete(e.phones, ph.id)
 	g.count(e, &g.relay.metrics.connectedPhones, -1)
+	ph.letGo()
+}
+
+// letGo gives back what ph's frames for a binary to come occupy, e.mu held.
+func (ph *phoneLeg) letGo() {
 	if ph.held != nil {
-		ph.held.drop(&g.relay.memory)
+		ph.held.drop(&ph.relay.memory)
 		ph.held = nil
 	}
 }
