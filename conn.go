@@ -171,10 +171,12 @@ func (c *conn) init(r *relay, owner peer, addr netip.Addr) {
 // pause keeps the reader from this connection until somebody calls resume on
 // its socket. Called by the owner, on the reader, from within message.
 func (c *conn) pause() {
-	c.paused = true
 	c.mu.Lock()
-	c.suspended = true
-	c.mu.Unlock()
+	defer c.mu.Unlock()
+	// Whoever ends a connection resumes it, once: after that it is too late to pause.
+	if c.is(connOpen) {
+		c.paused, c.suspended = true, true
+	}
 }
 
 // unpause undoes pause. Called by the reader.
@@ -245,6 +247,7 @@ func (c *conn) abort() {
 		c.sock.abort()
 	}
 	c.mu.Unlock()
+	c.sock.resume() // a paused reader would not find the end
 }
 
 // tick looks at the connection's timeouts. Called by the sweeper, a few times
