@@ -273,7 +273,6 @@ func (c *conn) tick(t *batch) {
 			break
 		}
 		c.ping(t)
-		c.pingAt = t.now + int64(o.ping)
 	}
 	c.mu.Unlock()
 	if reason != endNone {
@@ -281,9 +280,14 @@ func (c *conn) tick(t *batch) {
 	}
 }
 
-// ping asks the peer for a sign of life, mu held.
+// ping asks the peer for a sign of life, mu held. Whoever asks, the peer has a
+// whole interval to give one.
 func (c *conn) ping(t *batch) {
+	if !c.is(connOpen) {
+		return
+	}
 	c.pinged, c.pingMark = true, c.reads.Load()
+	c.pingAt = t.now + int64(c.relay.o.ping)
 	c.queueControl(opPing, nil)
 	t.addLocked(c)
 }
