@@ -132,8 +132,8 @@ func (s *goSocket) read(first []byte) {
 		r.metrics.socketReads.Add(1)
 		t.now = r.now()
 		if n > 0 {
-			c.heard()
 			c.feed(t, buf[:n])
+			c.heard()
 		}
 		if err != nil && !c.paused {
 			break

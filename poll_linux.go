@@ -337,13 +337,13 @@ func (l *epollLoop) read(c *conn) {
 			l.release(c, s)
 			return
 		}
-		c.heard()
 		if k := min(n, len(into)); k > 0 {
 			c.filled(t, k)
 		}
 		if n > len(into) {
 			c.feed(t, l.buf[:n-len(into)])
 		}
+		c.heard()
 		// Less than there was room for: the socket is empty (epoll(7)), unless
 		// the end of the stream is behind it.
 		if n < len(into)+len(l.buf) && !s.hup {

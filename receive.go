@@ -2,7 +2,8 @@ package main
 
 // ---- reading: everything here runs on the connection's reader ----
 
-// heard notes that the peer lives.
+// heard notes that the peer lives. It comes after what was heard has been
+// looked at: a binary that closes must not keep its own successor out.
 func (c *conn) heard() {
 	c.reads.Store(c.reads.Load() + 1)
 	if ch := c.awake.Load(); ch != nil {

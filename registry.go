@@ -101,7 +101,7 @@ func (g *registry) claim(b *binaryLeg, id string, probe bool) closeReason {
 		}
 		// Of two newcomers the first to get here takes over; to the other it is
 		// a live incumbent.
-		if ch.alive || e.binary != nil && e.binary != incumbent {
+		if e.binary != nil && (ch.alive || e.binary != incumbent) {
 			e.mu.Unlock()
 			return endAlreadyClaimed
 		}
@@ -188,6 +188,9 @@ func (g *registry) release(t *batch, b *binaryLeg) {
 	defer e.mu.Unlock()
 	if e.binary != b {
 		return
+	}
+	if e.trial != nil {
+		e.trial.answer(false) // saying goodbye is no sign of life
 	}
 	e.binary = nil
 	e.freed = t.now
