@@ -288,6 +288,13 @@ func (f *front) dismiss(fd int) {
 	syscall.Close(fd)
 }
 
+// dismissAll drops who has not made a request yet, when the loop ends.
+func (f *front) dismissAll() {
+	for fd := range f.greeting {
+		f.dismiss(fd)
+	}
+}
+
 // quiet reports that no timeout runs here.
 func (f *front) quiet() bool { return len(f.greeting) == 0 && !f.starved }
 

@@ -91,6 +91,7 @@ func (l *epollLoop) closeFiles() {
 	syscall.Close(l.epfd)
 	syscall.Close(l.wakeR)
 	syscall.Close(l.wakeW)
+	l.wakeW = -1
 }
 
 // bind gives c a socket out of nc, which it takes over. The descriptor is
@@ -175,6 +176,8 @@ func (l *epollLoop) post(s *epollSocket) {
 }
 
 func (l *epollLoop) wake() {
+	l.mu.Lock() // a closed descriptor's number may be somebody else's by now
+	defer l.mu.Unlock()
 	var one [1]byte
 	syscall.Write(l.wakeW, one[:]) // EAGAIN: it is awake already
 }
@@ -186,11 +189,13 @@ func (l *epollLoop) stop() {
 	l.mu.Unlock()
 	l.wake()
 	<-l.done
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.closeFiles()
 }
 
 func (l *epollLoop) run() {
 	defer close(l.done)
-	defer l.closeFiles()
 	t := &l.batch
 	events := make([]syscall.EpollEvent, epollEvents)
 	nextTick := int64(0)
@@ -198,6 +203,9 @@ func (l *epollLoop) run() {
 	for {
 		wait, stop := l.patience(nextTick)
 		if stop {
+			if l.front != nil {
+				l.front.dismissAll()
+			}
 			return
 		}
 		n, err := syscall.EpollWait(l.epfd, events, wait)
