@@ -145,7 +145,18 @@ func (s *goSocket) read(first []byte) {
 	s.poller.mu.Unlock()
 	c.release(t)
 	t.flush()
+	s.settle()
 	s.abort()
+}
+
+// settle gives the writer a moment for what is staged, as a kernel would.
+func (s *goSocket) settle() {
+	s.nc.SetWriteDeadline(time.Now().Add(s.poller.relay.o.lingerTimeout))
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for s.writing && !s.aborted {
+		s.changed.Wait()
+	}
 }
 
 // write is socket's: it hands bytes to the writer.
@@ -188,6 +199,7 @@ func (s *goSocket) drain() {
 		s.mu.Lock()
 		if s.aborted || s.writeErr != nil {
 			s.writing = false
+			s.changed.Signal()
 			s.mu.Unlock()
 			return
 		}
@@ -199,6 +211,7 @@ func (s *goSocket) drain() {
 				s.halfClose()
 			}
 			s.writing = false
+			s.changed.Signal()
 			s.mu.Unlock()
 			return
 		}

@@ -318,6 +318,9 @@ func (c *conn) release(t *batch) {
 		}
 	}
 	c.mu.Lock()
+	// A peer that ended only its own direction, right behind its close frame or
+	// its last ping, still gets the answer.
+	c.flush(t)
 	c.state.Store(uint32(connClosed))
 	c.out.drop(m)
 	c.pong = nil
