@@ -149,7 +149,7 @@ func (g *registry) install(e *entry, b *binaryLeg) {
 			b.txFrames += ph.held.frames
 			b.txBytes += ph.held.bytes
 			r.metrics.framesUp.Add(int64(ph.held.frames))
-			r.metrics.bytesUp.Add(int64(ph.held.bytes))
+			r.metrics.bytesUp.Add(int64(ph.held.payload))
 			ph.held.moveTo(&b.out)
 			ph.held = nil
 			continue

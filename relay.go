@@ -306,8 +306,9 @@ type phoneLeg struct {
 // hold keeps what a phone sends in grace, as frames for the binary to come.
 type hold struct {
 	queue
-	frames uint32
-	bytes  uint64
+	frames  uint32
+	bytes   uint64 // of messages, envelope included
+	payload uint64 // without it
 }
 
 // newConnID is 128 random bits: the daemon keeps sessions by conn_id for as
@@ -405,8 +406,10 @@ func (ph *phoneLeg) message(t *batch, _ byte, p []byte) {
 			b.waiters = append(b.waiters, &ph.conn)
 		}
 		b.mu.Unlock()
-		t.upFrames++
-		t.upBytes += int64(len(p))
+		if reason == endNone {
+			t.upFrames++
+			t.upBytes += int64(len(p))
+		}
 	case ph.held != nil:
 		if reason = ph.hold(head, p); ph.held.n >= t.relay.o.queue {
 			wait = true
@@ -435,6 +438,7 @@ func (ph *phoneLeg) hold(head, p []byte) closeReason {
 	}
 	ph.held.frames++
 	ph.held.bytes += uint64(n)
+	ph.held.payload += uint64(len(p))
 	return endNone
 }
 
@@ -466,8 +470,10 @@ func (b *binaryLeg) message(t *batch, op byte, p []byte) {
 	reason := endNone
 	if env.frame != nil {
 		reason = ph.push(t, t.relay.o.queue, nil, env.frame, nil)
-		t.downFrames++
-		t.downBytes += int64(len(env.frame))
+		if reason == endNone {
+			t.downFrames++
+			t.downBytes += int64(len(env.frame))
+		}
 	}
 	ph.mu.Unlock()
 	switch {
