@@ -1,0 +1,245 @@
+package main
+
+import (
+	"errors"
+	"io"
+	"net"
+	"net/netip"
+	"testing"
+	"time"
+)
+
+// Ends that cross each other: two things that happen to a connection, or to a
+// server-id, at once.
+
+// idleSocket takes everything and brings nothing.
+type idleSocket struct{ resumed, aborted int }
+
+func (s *idleSocket) attach([]byte) {}
+func (s *idleSocket) write(bufs [][]byte) (n int, err error) {
+	for _, b := range bufs {
+		n += len(b)
+	}
+	return n, nil
+}
+func (s *idleSocket) closeWrite() {}
+func (s *idleSocket) abort()      { s.aborted++ }
+func (s *idleSocket) resume()     { s.resumed++ }
+
+// idlePeer notes how its connection ended.
+type idlePeer struct{ reason closeReason }
+
+func (p *idlePeer) message(*batch, byte, []byte)            {}
+func (p *idlePeer) ended(_ *batch, r closeReason, _ uint16) { p.reason = r }
+func (p *idlePeer) closed(*batch)                           {}
+
+// bareConn is a connection of which a test is the reader and the poller.
+func bareConn(t *testing.T, o options) (*conn, *idleSocket, *idlePeer) {
+	c, s, p := &conn{}, &idleSocket{}, &idlePeer{reason: endNone}
+	c.init(startRelay(t, o).relay, p, netip.Addr{})
+	c.sock = s
+	return c, s, p
+}
+
+func TestPauseAfterEnd(t *testing.T) {
+	t.Parallel()
+	c, _, p := bareConn(t, testOptions())
+	b := c.relay.batch()
+	// Grace runs out, say, while the reader is about to pause.
+	c.end(b, endGraceExpired)
+	c.pause()
+	b.flush()
+	if p.reason != endGraceExpired {
+		t.Errorf("ended with %q, want %q", p.reason, endGraceExpired)
+	}
+	if c.paused || c.suspended {
+		t.Error("the reader pauses on a connection that has ended, and nobody will resume it")
+	}
+}
+
+func TestAbortFindsPausedReader(t *testing.T) {
+	t.Parallel()
+	c, s, _ := bareConn(t, testOptions())
+	c.pause()
+	c.abort()
+	if s.aborted != 1 || s.resumed != 1 {
+		t.Errorf("aborted %d times and resumed %d times, want once each", s.aborted, s.resumed)
+	}
+}
+
+// A challenge just before a heartbeat is due leaves the incumbent as long to
+// answer as any ping does.
+func TestChallengeBeforeHeartbeat(t *testing.T) {
+	t.Parallel()
+	c, _, p := bareConn(t, testOptions())
+	b := c.relay.batch()
+	b.now = c.pingAt - 1
+	c.mu.Lock()
+	c.ping(b)
+	c.mu.Unlock()
+	b.now++
+	c.tick(b)
+	if p.reason != endNone {
+		t.Errorf("ended with %q one nanosecond after a ping", p.reason)
+	}
+	b.now += int64(c.relay.o.ping)
+	c.tick(b)
+	b.flush()
+	if p.reason != endHeartbeat {
+		t.Errorf("a whole interval after the ping: ended with %q, want %q", p.reason, endHeartbeat)
+	}
+}
+
+// Nothing may follow a close frame (RFC 6455 §5.5.1), not even a challenge.
+func TestChallengeAfterEnd(t *testing.T) {
+	t.Parallel()
+	c, _, _ := bareConn(t, testOptions())
+	b := c.relay.batch()
+	c.end(b, endHeartbeat)
+	b.flush()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.ping(b); c.out.n != 0 {
+		t.Errorf("%d bytes are queued behind the close frame", c.out.n)
+	}
+}
+
+// The usual newcomer is the next process of the same daemon: that the one
+// before says goodbye while it is being asked must not count as its being alive.
+func TestIncumbentClosesWhenAsked(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	for _, end := range []struct {
+		name string
+		do   func(*wsClient)
+	}{
+		{"close frame", func(b *wsClient) { b.close(1001, "") }},
+		{"half-close", func(b *wsClient) { b.nc.(*net.TCPConn).CloseWrite() }},
+		{"violation", func(b *wsClient) { b.raw([]byte{0xff, 0xff}) }},
+	} {
+		t.Run(end.name, func(t *testing.T) {
+			id := "id" + end.name[:1]
+			old := r.binary(id)
+			next := make(chan *wsClient)
+			go func() {
+				c, _, err := r.dial("/v2/server", binaryHeaders(id))
+				if err != nil {
+					t.Error(err)
+				}
+				next <- c
+			}()
+			if op, _, err := old.next(); op != opPing || err != nil {
+				t.Fatalf("incumbent got opcode %d, %v; want a ping", op, err)
+			}
+			end.do(old)
+			b := <-next
+			// The claim is taken behind the 101: its proof is a frame.
+			var ph *wsClient
+			eventually(t, "the newcomer holds the claim", func() bool {
+				v, ok := r.registry.entries.Load(id)
+				if !ok {
+					return false
+				}
+				e := v.(*entry)
+				e.mu.Lock()
+				defer e.mu.Unlock()
+				return e.binary != nil && e.trial == nil && e.epoch == 2
+			})
+			ph = r.phone(id)
+			ph.greet(b)
+		})
+	}
+}
+
+// What phones that joined in grace have sent is given back when nobody comes.
+func TestGraceExpiresOverHeldFrames(t *testing.T) {
+	t.Parallel()
+	o := testOptions()
+	o.grace = 300 * time.Millisecond
+	r := startRelay(t, o)
+	b := r.binary("id")
+	b.close(1000, "")
+	b.wantEnd(1000, "")
+	ph := r.phone("id")
+	ph.text(`"held"`)
+	ph.wantEnd(4404, "grace expired")
+	r.settle("nobody is left", func() bool { return r.count(legPhone)+r.count(legBinary) == 0 })
+}
+
+// A peer that ends its direction right behind its close frame still reads.
+func TestCloseFrameThenFIN(t *testing.T) {
+	t.Parallel()
+	for name, on := range listeners {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			r := startRelayOn(t, testOptions(), on(t))
+			b := r.binary("id")
+			for range 50 {
+				ph := r.phone("id")
+				connID := ph.greet(b)
+				ph.raw(append(clientFrame(0x80, opPing, []byte("?")), clientFrame(0x80, opClose, closePayload(4000, ""))...))
+				ph.nc.(*net.TCPConn).CloseWrite()
+				b.wantNotice(connID, 4000)
+				if op, p, err := ph.next(); op != opPong || string(p) != "?" || err != nil {
+					t.Fatalf("got opcode %d %q, %v; want the pong", op, p, err)
+				}
+				ph.wantEnd(4000, "")
+			}
+		})
+	}
+}
+
+// Whoever has said nothing yet when the relay ends is not left hanging.
+func TestStopDropsGreeters(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	nc, err := net.Dial("tcp", r.addr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	r.phoneRefused("id") // accepted after it, so it has been accepted, too
+	r.stop()
+	nc.SetReadDeadline(time.Now().Add(patience))
+	if _, err := nc.Read(make([]byte, 1)); !errors.Is(err, io.EOF) && !isReset(err) {
+		t.Errorf("read: %v, want the end", err)
+	}
+}
+
+// phoneRefused connects a phone to a server-id that nobody holds.
+func (r *testRelay) phoneRefused(id string) {
+	r.t.Helper()
+	r.phone(id).wantEnd(4404, "server-id never seen")
+}
+
+// listeners are the listeners that lead to each poller.
+var listeners = map[string]func(testing.TB) net.Listener{
+	"epoll": onLoopback,
+	"goroutines": func(t testing.TB) net.Listener {
+		return plainListener{onLoopback(t)}
+	},
+}
+
+func onLoopback(t testing.TB) net.Listener {
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return ln
+}
+
+// plainListener hides that its connections are TCP's, which leaves them to the
+// goroutine poller, as TLS would.
+type plainListener struct{ net.Listener }
+
+func (l plainListener) Accept() (net.Conn, error) {
+	nc, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return plainConn{nc}, nil
+}
+
+type plainConn struct{ net.Conn }
+
+func (c plainConn) CloseWrite() error { return c.Conn.(*net.TCPConn).CloseWrite() }
