@@ -142,10 +142,25 @@ func phoneHeaders(id string) http.Header {
 	return http.Header{"X-Pyrycode-Server": {id}, "User-Agent": {"test-app"}}
 }
 
-// binary connects as the binary of id.
+// binary connects as the binary of id, and waits until one holds it: a claim is
+// taken behind the 101.
 func (r *testRelay) binary(id string) *wsClient {
 	r.t.Helper()
-	return r.mustDial("/v2/server", binaryHeaders(id))
+	c := r.mustDial("/v2/server", binaryHeaders(id))
+	eventually(r.t, "a binary holds "+id, func() bool { return r.holder(id) != nil })
+	return c
+}
+
+// holder is the binary that holds id, if any.
+func (r *testRelay) holder(id string) *binaryLeg {
+	v, ok := r.registry.entries.Load(id)
+	if !ok {
+		return nil
+	}
+	e := v.(*entry)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.binary
 }
 
 // phone connects as a phone of id.

@@ -120,6 +120,7 @@ func TestIncumbentClosesWhenAsked(t *testing.T) {
 		t.Run(end.name, func(t *testing.T) {
 			id := "id" + end.name[:1]
 			old := r.binary(id)
+			incumbent := r.holder(id)
 			next := make(chan *wsClient)
 			go func() {
 				c, _, err := r.dial("/v2/server", binaryHeaders(id))
@@ -133,20 +134,11 @@ func TestIncumbentClosesWhenAsked(t *testing.T) {
 			}
 			end.do(old)
 			b := <-next
-			// The claim is taken behind the 101: its proof is a frame.
-			var ph *wsClient
 			eventually(t, "the newcomer holds the claim", func() bool {
-				v, ok := r.registry.entries.Load(id)
-				if !ok {
-					return false
-				}
-				e := v.(*entry)
-				e.mu.Lock()
-				defer e.mu.Unlock()
-				return e.binary != nil && e.trial == nil && e.epoch == 2
+				now := r.holder(id)
+				return now != nil && now != incumbent
 			})
-			ph = r.phone(id)
-			ph.greet(b)
+			r.phone(id).greet(b)
 		})
 	}
 }
