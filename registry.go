@@ -77,13 +77,16 @@ func (g *registry) claim(b *binaryLeg, id string, probe bool) closeReason {
 			incumbent.awake.Store(ch)
 		}
 		e.mu.Unlock()
+		t := r.batch()
 		if ask {
-			t := r.batch()
 			incumbent.mu.Lock()
 			incumbent.ping(t)
 			incumbent.mu.Unlock()
-			t.flush()
 		}
+		b.mu.Lock()
+		t.addLocked(&b.conn) // its 101 does not wait for the incumbent
+		b.mu.Unlock()
+		t.flush()
 		patience := time.NewTimer(r.o.challengeTimeout)
 		select {
 		case <-ch.done:

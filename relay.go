@@ -179,7 +179,7 @@ func (r *relay) serve(w http.ResponseWriter, q *http.Request, l leg) {
 		r.refuse(w, l, who, refused)
 		return
 	}
-	nc, first, err := upgrade(w, q, r.greeting)
+	nc, first, answer, err := upgrade(w, q, r.greeting)
 	if err != nil {
 		r.countUpgrade(l, who, upgradeFailed)
 		r.log.Debug("upgrade failed", "leg", l, "addr", who.addr, "error", err)
@@ -188,9 +188,9 @@ func (r *relay) serve(w http.ResponseWriter, q *http.Request, l leg) {
 	}
 	r.countUpgrade(l, who, upgradeAccepted)
 	if l == legBinary {
-		r.serveBinary(who, nc, first)
+		r.serveBinary(who, nc, first, answer)
 	} else {
-		r.servePhone(who, nc, first)
+		r.servePhone(who, nc, first, answer)
 	}
 }
 
@@ -319,24 +319,26 @@ func newConnID() string {
 	return base64.RawURLEncoding.EncodeToString(b[:])
 }
 
-func (r *relay) serveBinary(who caller, nc net.Conn, first []byte) {
+func (r *relay) serveBinary(who caller, nc net.Conn, first, answer []byte) {
 	b := &binaryLeg{id: newConnID(), probe: who.probe}
 	b.init(r, b, who.addr)
 	if err := r.loop(who.serverID).bind(&b.conn, nc); err != nil {
 		r.unbound(legBinary, nc, err)
 		return
 	}
+	b.greet(answer)
 	refused := r.registry.claim(b, who.serverID, who.probe)
 	r.begin(&b.conn, legBinary, b.id, who, refused, refused.String(), first)
 }
 
-func (r *relay) servePhone(who caller, nc net.Conn, first []byte) {
+func (r *relay) servePhone(who caller, nc net.Conn, first, answer []byte) {
 	ph := &phoneLeg{id: newConnID(), probe: who.probe}
 	ph.init(r, ph, who.addr)
 	if err := r.loop(who.serverID).bind(&ph.conn, nc); err != nil {
 		r.unbound(legPhone, nc, err)
 		return
 	}
+	ph.greet(answer)
 	refused, text := r.registry.join(ph, who.serverID)
 	r.begin(&ph.conn, legPhone, ph.id, who, refused, text, first)
 }
@@ -351,6 +353,7 @@ func (r *relay) unbound(l leg, nc net.Conn, err error) {
 // begin starts a session, or ends it at once where the registry refused it:
 // that is a close code, because peers understand these as nothing else.
 func (r *relay) begin(c *conn, l leg, id string, who caller, refused closeReason, text string, first []byte) {
+	t := r.batch()
 	if refused == endNone {
 		r.log.Log(context.Background(), who.level(), "connected", "leg", l, "conn", id, "server", who.serverID, "addr", who.addr)
 	} else {
@@ -358,10 +361,12 @@ func (r *relay) begin(c *conn, l leg, id string, who caller, refused closeReason
 			r.log.Warn("session refused", "leg", l, "conn", id, "server", who.serverID, "addr", who.addr,
 				"code", refused.code(), "reason", refused, "detail", text, "unlogged", more)
 		}
-		t := r.batch()
 		c.finish(t, refused, refused.code(), text)
-		t.flush()
 	}
+	c.mu.Lock()
+	t.addLocked(c)
+	c.mu.Unlock()
+	t.flush()
 	c.sock.attach(first)
 }
 

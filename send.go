@@ -12,6 +12,13 @@ func (t *batch) addLocked(c *conn) {
 	}
 }
 
+// greet queues the answer to an upgrade, before anybody else knows c: whatever
+// is queued for it from then on comes behind.
+func (c *conn) greet(answer []byte) {
+	c.out.add(&c.relay.memory, true, answer, nil, nil)
+	c.queued += uint64(len(answer))
+}
+
 // push queues one TEXT message made of three parts, mu held. Where a limit is
 // reached nothing is queued and the reason is told: limit bytes in the queue (0
 // for none) or the process's budget. On a connection that is ending it does

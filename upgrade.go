@@ -15,7 +15,7 @@ import (
 
 // The opening handshake (RFC 6455 §4.2). Everything that x/net/websocket would
 // refuse with raw bytes, or wrongly accept, is refused here first as a proper
-// HTTP answer; then x/net writes the 101, over a connection that is taken from
+// HTTP answer; then x/net writes the 101, for a connection that is taken from
 // net/http for good, so that an upgraded connection holds none of its memory.
 
 // refusal is an HTTP answer in place of a 101. Its text is for a person.
@@ -75,18 +75,20 @@ func validKey(key string) bool {
 	return err == nil && n == 16
 }
 
-// upgrade answers a checked request with 101 and extra headers, and returns the
-// bare connection and what the peer had already sent on it.
-func upgrade(w http.ResponseWriter, q *http.Request, extra http.Header) (nc net.Conn, first []byte, err error) {
+// upgrade makes the answer to a checked request: 101 and extra headers. It is for
+// the caller to send, once the peer is registered: who has seen a 101 counts on
+// that. upgrade returns the bare connection as well, and what the peer had
+// already sent on it.
+func upgrade(w http.ResponseWriter, q *http.Request, extra http.Header) (nc net.Conn, first, answer []byte, err error) {
 	nc, rw, err := http.NewResponseController(w).Hijack()
 	if err != nil {
-		return nil, nil, fmt.Errorf("taking the connection over: %w", err)
+		return nil, nil, nil, fmt.Errorf("taking the connection over: %w", err)
 	}
 	if n := rw.Reader.Buffered(); n > 0 {
 		first = make([]byte, n)
 		if _, err = rw.Reader.Read(first); err != nil {
 			nc.Close()
-			return nil, nil, fmt.Errorf("reading what followed the request: %w", err)
+			return nil, nil, nil, fmt.Errorf("reading what followed the request: %w", err)
 		}
 	}
 	// x/net keeps the request for as long as its connection: it gets one with
@@ -102,20 +104,17 @@ func upgrade(w http.ResponseWriter, q *http.Request, extra http.Header) (nc net.
 			"Sec-Websocket-Key":     q.Header["Sec-Websocket-Key"],
 		},
 	}
-	hw := handshakeWriter{conn: handshakeConn{nc, &err}}
+	hw := handshakeWriter{conn: handshakeConn{nc, &answer}}
 	opened := false
 	websocket.Server{
 		Handshake: func(c *websocket.Config, _ *http.Request) error { c.Header = extra; return nil },
 		Handler:   func(*websocket.Conn) { opened = true },
 	}.ServeHTTP(&hw, slim)
-	if err == nil && !opened {
-		err = errors.New("x/net/websocket refused a handshake that was checked")
-	}
-	if err != nil {
+	if !opened {
 		nc.Close()
-		return nil, nil, fmt.Errorf("writing the 101: %w", err)
+		return nil, nil, nil, errors.New("x/net/websocket refused a handshake that was checked")
 	}
-	return nc, first, nil
+	return nc, first, answer, nil
 }
 
 // What every slim request shares. x/net only reads it.
@@ -133,24 +132,19 @@ type handshakeWriter struct {
 }
 
 func (w *handshakeWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
-	// The 101 must leave in one piece: it is about 250 bytes.
+	// The 101 is about 250 bytes.
 	return w.conn, bufio.NewReadWriter(bufio.NewReaderSize(strings.NewReader(""), 16), bufio.NewWriterSize(w.conn, 512)), nil
 }
 
-// handshakeConn outlives x/net's interest in it. A write error, of which x/net
-// tells nobody, is kept. Such a write does not block: the socket's send buffer
-// is empty.
+// handshakeConn outlives x/net's interest in it, and keeps what x/net writes.
 type handshakeConn struct {
 	net.Conn
-	err *error
+	answer *[]byte
 }
 
 func (c handshakeConn) Write(p []byte) (int, error) {
-	n, err := c.Conn.Write(p)
-	if err != nil {
-		*c.err = err
-	}
-	return n, err
+	*c.answer = append(*c.answer, p...)
+	return len(p), nil
 }
 
 func (c handshakeConn) Close() error { return nil }
