@@ -37,6 +37,8 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 		case "version":
 			fmt.Fprintln(stdout, readBuildVersion())
 			return exitStopped
+		case "probe":
+			return runProbe(ctx, args[1:], stdout, stderr)
 		}
 	}
 	o, err := parseOptions(args, getenv)

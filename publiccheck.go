@@ -226,6 +226,10 @@ func (c *publicCheck) report(f finding, now time.Time) {
 	case publicNotARelay:
 		c.log.Warn("public name not verified: something that is not this relay answers", "url", c.url, "found", f.fault.what, "remedy", f.fault.remedy, "phones", f.joins, "failed", f.failed)
 	case publicUnreachable:
+		if f.failed < f.joins {
+			c.log.Warn("public name not verified: some of the connections through it fail", "url", c.url, "found", f.fault.what, "remedy", f.fault.remedy, "phones", f.joins, "failed", f.failed)
+			return
+		}
 		c.log.Warn("public name not verified: it cannot be reached from here, which is common behind a home router (hairpin NAT, split DNS) and harmless if peers can",
 			"url", c.url, "found", f.fault.what, "remedy", f.fault.remedy, "phones", f.joins, "failed", f.failed)
 	}
