@@ -1,5 +1,7 @@
 package main
 
+import "log/slog"
+
 // Every word that tells why something ended or was left out, once. The same
 // words stand in logs, metrics, close frames and docs/protocol.md.
 
@@ -159,3 +161,10 @@ var upgradeWords = [upgradeOutcomeCount]string{
 }
 
 func (o upgradeOutcome) String() string { return upgradeWords[o] }
+
+// Logs in JSON have the words too, not the numbers.
+
+func (l leg) LogValue() slog.Value            { return slog.StringValue(l.String()) }
+func (r closeReason) LogValue() slog.Value    { return slog.StringValue(r.String()) }
+func (r dropReason) LogValue() slog.Value     { return slog.StringValue(r.String()) }
+func (o upgradeOutcome) LogValue() slog.Value { return slog.StringValue(o.String()) }
