@@ -1,0 +1,313 @@
+package main
+
+import (
+	"bytes"
+	"encoding/json"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"testing"
+	"unicode/utf8"
+)
+
+// hostile are messages that try to be more or less than one JSON value, or to
+// be read differently by two readers. They seed every target of this file.
+var hostile = []string{
+	``, ` `, `null`, `true`, `fals`, `nul`, `nullnull`, `0`, `-0`, `-`, `01`, `1.`, `.5`, `+1`, `1e`, `1e+`, `1E-07`, `-0.0e-0`, `NaN`, `0x10`,
+	`12345678901234567890.12345678901234567890`,
+	`""`, `"`, `"\"`, `"\\"`, `"\u12"`, `"\u00e9"`, `"\U0041"`, `"\x41"`, `'a'`, `"\ud800"`, `"\udc00\ud800"`, `"\ud83d\ude00"`,
+	"\"\xed\xa0\x80\"", "\"\xff\"", "\"\xc0\xaf\"", "\"\xf4\x90\x80\x80\"", "\"\xe2\x80", "\"\u2028\u2029\"", "\u2028\"a\"", "\u00a0\"a\"", "\uFEFF{}", "{}\uFEFF",
+	"\"\x00\"", "\x00", "{}\x00", "\"\x1f\"", "\"\x7f\"", "\"a\nb\"", "\v{}", "\t\r\n {} \n", "[1,\f2]",
+	`{}`, `[]`, `{`, `}`, `[`, `]`, `{]`, `[}`, `[[]`, `[]]`, `{}}`, `{}{}`, `{},{}`, `[1,]`, `[,1]`, `[1 2]`, `{"a"}`, `{"a":}`, `{"a":1,}`, `{a:1}`, `{1:1}`, `{"a":1 "b":2}`, `{"a"::1}`, `//x`, `{}/**/`,
+	`1,"conn_id":"victim"`, `1}{"conn_id":"victim","frame":1`, `1},{"conn_id":"victim"`, `{"x":1},"close_code":4401`, `"x","close_code":4401`, `]`, `"},"conn_id":"victim"`, `"\"},\"conn_id\":\"victim"`,
+	`{"conn_id":"victim","frame":1}`, `{"conn_id":"a","conn_id":"b","frame":1,"frame":2}`, `{"conn_id":"a","frame":null,"close_code":4401}`,
+	`{"conn_id":"a","frame":1,"close_code":4401,"close_code":null}`, `{"conn_id":"a","conn_id":1,"frame":1}`, `{"conn_id":"a","conn_id":null,"frame":1}`, `{"CONN_ID":"x","conn_id":"a","Frame":0,"frame":{"frame":[1]}}`,
+	`{"c\u006fnn_id":"a","frame":1}`, `{"conn_id":"\u0061","frame":1}`, `{"conn_id":"\ud800","frame":1}`, `{"conn_id":"a\u0000","frame":1}`, `{"conn_id\u0000":"a","frame":1}`, `{"":"a","frame":1}`,
+	`{"conn_id":"a","close_code":4401.0}`, `{"conn_id":"a","close_code":4.401e3}`, `{"conn_id":"a","close_code":"4401"}`, `{"conn_id":"a","close_code":-1}`, `{"conn_id":"a","close_code":1005}`,
+	`{"conn_id":"a","close_code":99999999999999999999}`, `{"conn_id":"a","close_code":true}`, `{"conn_id":"a","close_code":[4401]}`, `{"conn_id":"a","close_code":-0}`,
+	`{"push_wake":{"token":"t"}}`, `{"push_wake":null}`, `{"push_wake":{},"conn_id":"a","frame":1}`, `{"push_wake":{},"conn_id":7}`, `[{"conn_id":"a","frame":1}]`, `{"conn_id":"a"}`, `{"frame":1}`,
+}
+
+// deep is n levels of arrays and objects in turn, innermost a 0.
+func deep(n int) string {
+	var open, shut strings.Builder
+	for i := range n {
+		if i%3 == 0 {
+			open.WriteString(`{"a":`)
+		} else {
+			open.WriteByte('[')
+		}
+	}
+	for i := n - 1; i >= 0; i-- {
+		if i%3 == 0 {
+			shut.WriteByte('}')
+		} else {
+			shut.WriteByte(']')
+		}
+	}
+	return open.String() + "0" + shut.String()
+}
+
+func seed(f *testing.F) {
+	for _, s := range hostile {
+		f.Add([]byte(s))
+	}
+	for _, n := range []int{1, 63, 64, 65, 128, 129, 9_998, 9_999, 10_000, 10_001} {
+		f.Add([]byte(deep(n)))
+	}
+	f.Add([]byte(strings.Repeat("[", 10_000)))
+	for _, n := range []int{7, 8, 127, 128, 129, 300} { // where the scan of a string changes gear
+		pad := strings.Repeat("x", n)
+		for _, s := range []string{"", `\n`, `\`, "\n", `"`, "é"} {
+			f.Add([]byte(`"` + pad + s + pad + `"`))
+		}
+	}
+}
+
+// levels is how deep a valid JSON text goes.
+func levels(b []byte) (most int) {
+	dec := json.NewDecoder(bytes.NewReader(b))
+	for depth := 0; ; {
+		token, err := dec.Token()
+		if err != nil {
+			return most
+		}
+		switch token {
+		case json.Delim('{'), json.Delim('['):
+			depth++
+			most = max(most, depth)
+		case json.Delim('}'), json.Delim(']'):
+			depth--
+		}
+	}
+}
+
+// FuzzCheckJSON: what is accepted is what encoding/json accepts, in valid UTF-8,
+// down to the depth asked for.
+func FuzzCheckJSON(f *testing.F) {
+	seed(f)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		want := jsonOK
+		switch {
+		case !utf8.Valid(b):
+			want = jsonBadUTF8
+		case !json.Valid(b):
+			want = jsonInvalid
+		}
+		if got := checkJSON(b, maxEnvelopeDepth); got != want {
+			t.Fatalf("%.300q: %d, encoding/json says %d", b, got, want)
+		}
+		if want != jsonOK {
+			return
+		}
+		depth := levels(b)
+		if checkJSON(b, depth) != jsonOK || depth > 0 && checkJSON(b, depth-1) != jsonInvalid {
+			t.Fatalf("%.300q has %d levels: accepted so %v, with one less %v",
+				b, depth, checkJSON(b, depth) == jsonOK, checkJSON(b, depth-1) == jsonOK)
+		}
+		if got := checkJSON(b, maxPhoneDepth) == jsonOK; got != json.Valid(slices.Concat([]byte(`{"frame":`), b, []byte("}"))) {
+			t.Fatalf("%d levels: accepted %v, and the envelope is not readable alike", depth, got)
+		}
+	})
+}
+
+// oracleEnvelope is parseEnvelope by means of encoding/json: its decoder gives
+// the members one by one, so that the last of a name counts and case matters.
+func oracleEnvelope(b []byte) (e envelope, fault jsonFault, drop dropReason) {
+	if !utf8.Valid(b) {
+		return e, jsonBadUTF8, dropNotEnvelope
+	}
+	if !json.Valid(b) || bytes.TrimLeft(b, " \t\r\n")[0] != '{' {
+		return e, jsonInvalid, dropNotEnvelope
+	}
+	members := map[string]json.RawMessage{}
+	dec := json.NewDecoder(bytes.NewReader(b))
+	dec.Token()
+	for dec.More() {
+		name, _ := dec.Token()
+		var v json.RawMessage
+		dec.Decode(&v)
+		members[name.(string)] = v
+	}
+	for name, v := range members {
+		if string(v) == "null" {
+			delete(members, name)
+		}
+	}
+	var id *string
+	if json.Unmarshal(members["conn_id"], &id) != nil {
+		if members["push_wake"] != nil {
+			return e, jsonOK, dropPushWake
+		}
+		return e, jsonOK, dropNoConnID
+	}
+	e.connID = []byte(*id)
+	if v := members["close_code"]; v != nil {
+		var code int
+		if json.Unmarshal(v, &code) != nil || !closeCodeAllowed(code) {
+			return e, jsonOK, dropBadCloseCode
+		}
+		e.closeCode, e.hasClose = uint16(code), true
+	}
+	e.frame = members["frame"]
+	if e.frame == nil && !e.hasClose {
+		return e, jsonOK, dropNoFrame
+	}
+	return e, jsonOK, dropNone
+}
+
+func FuzzParseEnvelope(f *testing.F) {
+	seed(f)
+	f.Fuzz(func(t *testing.T, b []byte) {
+		before := bytes.Clone(b)
+		got, fault, drop := parseEnvelope(b)
+		want, wantFault, wantDrop := oracleEnvelope(b)
+		if fault != wantFault || drop != wantDrop {
+			t.Fatalf("%.300q: fault %d, drop %d, encoding/json says %d, %d", b, fault, drop, wantFault, wantDrop)
+		}
+		if !bytes.Equal(got.connID, want.connID) || !bytes.Equal(got.frame, want.frame) || (got.frame == nil) != (want.frame == nil) ||
+			got.closeCode != want.closeCode || got.hasClose != want.hasClose {
+			t.Fatalf("%.300q: %q %.300q %v %d, encoding/json says %q %.300q %v %d", b,
+				got.connID, got.frame, got.hasClose, got.closeCode, want.connID, want.frame, want.hasClose, want.closeCode)
+		}
+		if !bytes.Equal(b, before) {
+			t.Fatalf("%.300q became %.300q", before, b)
+		}
+	})
+}
+
+// FuzzInjection is the security boundary: whatever a phone sends, its binary
+// reads one envelope with this phone's conn_id and exactly these bytes, or the
+// notice that the phone was closed.
+func FuzzInjection(f *testing.F) {
+	for _, s := range hostile {
+		f.Add([]byte(s), []byte("conn"))
+	}
+	for _, n := range []int{9_999, 10_000} {
+		f.Add([]byte(deep(n)), []byte("_-"))
+	}
+	o := testOptions()
+	o.maxFrame = 1 << 20
+	r := startRelay(f, o)
+	b, out := memBinary(f, r.relay, "server")
+	f.Cleanup(func() { b.release(r.batch()) })
+	const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_" // newConnID's
+	f.Fuzz(func(t *testing.T, payload, id []byte) {
+		if len(payload) > o.maxFrame {
+			return
+		}
+		for i := range id {
+			id[i] = alphabet[id[i]%64]
+		}
+		connID := string(id[:min(len(id), 64)])
+		ph, _ := memPhone(t, r.relay, "server", connID)
+		bt := r.batch()
+		ph.feed(bt, clientFrame(0x80, opText, payload))
+		bt.flush()
+		frames := out.frames(t)
+		ph.release(bt)
+		bt.flush()
+		frames = append(frames, out.frames(t)...)
+
+		code := int(endPeerLost.code())
+		if utf8.Valid(payload) && json.Valid(payload) && levels(payload) <= maxPhoneDepth {
+			e := onlyEnvelope(t, frames[0])
+			raw := `{"conn_id":"` + connID + `","frame":` + string(payload) + `}`
+			if e["conn_id"] != connID || e["close_code"] != nil || len(e) != 2 || frames[0].payload != raw {
+				t.Fatalf("%.300q arrived as %.300q", payload, frames[0].payload)
+			}
+			frames = frames[1:]
+		} else {
+			code = 1007
+		}
+		if len(frames) != 1 {
+			t.Fatalf("%.300q: the binary got %.300q, want one close notice", payload, frames)
+		}
+		e := onlyEnvelope(t, frames[0])
+		if e["conn_id"] != connID || e["close_code"] != float64(code) || len(e) != 2 {
+			t.Fatalf("%.300q: the binary got %.300q, want the notice of %s with %d", payload, frames, connID, code)
+		}
+	})
+}
+
+// onlyEnvelope reads an envelope as a daemon does; there is to be no other
+// member, and none twice.
+func onlyEnvelope(t *testing.T, f memFrame) (e map[string]any) {
+	t.Helper()
+	if f.op != opText {
+		t.Fatalf("opcode %d", f.op)
+	}
+	if err := json.Unmarshal([]byte(f.payload), &e); err != nil {
+		t.Fatalf("envelope %.300q: %v", f.payload, err)
+	}
+	dec := json.NewDecoder(strings.NewReader(f.payload))
+	dec.Token()
+	n := 0
+	for ; dec.More(); n++ {
+		dec.Token()
+		var v json.RawMessage
+		dec.Decode(&v)
+	}
+	if n != len(e) {
+		t.Fatalf("envelope %.300q has %d members of %d names", f.payload, n, len(e))
+	}
+	return e
+}
+
+// The fuzzer rarely builds a long string with one wrong byte in it.
+func TestLongStrings(t *testing.T) {
+	t.Parallel()
+	random := rand.New(rand.NewPCG(5, 6))
+	odd := []string{`"`, `\`, `\"`, `\\`, `\n`, `\u12fF`, `\u12g0`, "\x00", "\x1f", "\x20", "\x7f", "é", "\U0001F600", "\xff", "\xc3", "\xe2\x82"}
+	for range 30_000 {
+		var b []byte
+		b = append(b, '"')
+		for range random.IntN(4) {
+			b = append(b, strings.Repeat("A", random.IntN(1+400>>random.IntN(8)))...)
+			b = append(b, odd[random.IntN(len(odd))]...)
+		}
+		b = append(b, '"')
+		want := utf8.Valid(b) && json.Valid(b)
+		if got := checkJSON(b, 1) == jsonOK; got != want {
+			t.Fatalf("%q: accepted %v, encoding/json says %v", b, got, want)
+		}
+	}
+}
+
+func TestParseEnvelope(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name, message string
+		connID, frame string
+		code          uint16
+		drop          dropReason
+	}{
+		{name: "frame", message: `{"conn_id":"a","frame":{"x":[1, 2]}}`, connID: "a", frame: `{"x":[1, 2]}`, drop: dropNone},
+		{name: "space around", message: " {\n\"frame\" : 1.0 ,\t\"conn_id\" : \"a\" }\r\n", connID: "a", frame: `1.0`, drop: dropNone},
+		{name: "unknown members", message: `{"token":"t","conn_id":"a","frame":0,"more":{"conn_id":"b"}}`, connID: "a", frame: `0`, drop: dropNone},
+		{name: "other case", message: `{"Conn_ID":"b","conn_id":"a","FRAME":1,"frame":0}`, connID: "a", frame: `0`, drop: dropNone},
+		{name: "duplicates", message: `{"conn_id":"b","frame":1,"conn_id":"a","frame":0}`, connID: "a", frame: `0`, drop: dropNone},
+		{name: "frame taken back", message: `{"conn_id":"a","frame":1,"frame":null}`, drop: dropNoFrame},
+		{name: "close only", message: `{"conn_id":"a","frame":null,"close_code":4401}`, connID: "a", code: 4401, drop: dropNone},
+		{name: "close without frame", message: `{"conn_id":"a","close_code":4426}`, connID: "a", code: 4426, drop: dropNone},
+		{name: "frame, then close", message: `{"conn_id":"a","frame":"x","close_code":4408}`, connID: "a", frame: `"x"`, code: 4408, drop: dropNone},
+		{name: "escaped name and id", message: `{"conn\u005fid":"\u0061","frame":0}`, connID: "a", frame: `0`, drop: dropNone},
+		{name: "fraction", message: `{"conn_id":"a","frame":0,"close_code":4401.0}`, drop: dropBadCloseCode},
+		{name: "code that must not be sent", message: `{"conn_id":"a","frame":0,"close_code":1006}`, drop: dropBadCloseCode},
+		{name: "code as text", message: `{"conn_id":"a","close_code":"4401"}`, drop: dropBadCloseCode},
+		{name: "conn_id of the wrong type", message: `{"conn_id":["a"],"frame":0}`, drop: dropNoConnID},
+		{name: "no conn_id", message: `{"frame":0}`, drop: dropNoConnID},
+		{name: "nothing to do", message: `{"conn_id":"a"}`, drop: dropNoFrame},
+		{name: "push wake", message: `{"push_wake":{"credential":"secret"}}`, drop: dropPushWake},
+		{name: "push wake with conn_id", message: `{"push_wake":{},"conn_id":"a","frame":0}`, connID: "a", frame: `0`, drop: dropNone},
+		{name: "array", message: `[{"conn_id":"a","frame":0}]`, drop: dropNotEnvelope},
+		{name: "two values", message: `{"conn_id":"a","frame":0}{}`, drop: dropNotEnvelope},
+	} {
+		e, _, drop := parseEnvelope([]byte(c.message))
+		if drop != c.drop {
+			t.Errorf("%s: drop %d, want %d", c.name, drop, c.drop)
+		} else if drop == dropNone && (string(e.connID) != c.connID || string(e.frame) != c.frame || e.closeCode != c.code || e.hasClose != (c.code != 0)) {
+			t.Errorf("%s: %q %q %d %v", c.name, e.connID, e.frame, e.closeCode, e.hasClose)
+		}
+	}
+}
