@@ -5,6 +5,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"flag"
@@ -52,17 +53,16 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 	if err == nil {
 		o.checkPace, err = paceFrom(getenv)
 	}
-	if err != nil {
-		fmt.Fprintln(stderr, programName+":", err)
-		return exitRefused
+	code := exitRefused
+	if err == nil {
+		w := newLogWriter(stderr)
+		code, err = serve(ctx, o, newLogger(w, o))
+		w.Close()
 	}
-
-	w := newLogWriter(stderr)
-	defer w.Close()
-	log := newLogger(w, o)
-	code, err := serve(ctx, o, log)
 	if err != nil {
-		log.Error(err.Error())
+		// One plain line and the last one, whatever the format of the log: who
+		// reads it starts a relay by hand or looks for why a service won't start.
+		fmt.Fprintf(stderr, "%s: refusing to start: %v\n", programName, err)
 	}
 	return code
 }
@@ -78,7 +78,8 @@ func newLogger(w *logWriter, o options) *slog.Logger {
 	return log
 }
 
-// serve runs a relay from the instance lock to the end of the drain.
+// serve runs a relay from the instance lock to the end of the drain. An error is
+// why it did not start; what goes wrong later is logged.
 func serve(ctx context.Context, o options, log *slog.Logger) (code int, err error) {
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
@@ -87,7 +88,7 @@ func serve(ctx context.Context, o options, log *slog.Logger) (code int, err erro
 	id, build, state := newIdentity(time.Now()), readBuildVersion(), newInstanceState()
 	lock, err := holdInstance(o, log, state, lockInfo{
 		Program: programName, PID: os.Getpid(), Version: build.version, Instance: id.id,
-		Listen: o.listen, Admin: o.admin, Started: id.started,
+		Listen: o.listen, Admin: cmp.Or(o.admin, "off"), Started: id.started,
 	})
 	if err != nil {
 		return exitRefused, err
@@ -116,20 +117,20 @@ func serve(ctx context.Context, o options, log *slog.Logger) (code int, err erro
 	if err != nil {
 		return exitFailed, err
 	}
-	if lock != nil {
-		lock.relay.Store(r)
-	}
 	failed := make(chan error, 2)
 	addr := public.Addr().String()
+	if lock != nil {
+		lock.serving(r, addr, adminAddr)
+	}
 	if public, err = r.door(public); err != nil {
 		r.drain(canceled())
 		return exitFailed, err
 	}
-	servers := []*http.Server{serveHTTP(public, r, log, failed)}
+	doors := []door{serveHTTP(public, r, log, failed)}
 	if admin != nil {
 		mux := http.NewServeMux()
 		mux.Handle("GET /metrics", r.metrics)
-		servers = append(servers, serveHTTP(admin, mux, log, failed))
+		doors = append(doors, serveHTTP(admin, mux, log, failed))
 	}
 	log.Info("listening", "addr", addr, "admin", adminAddr, "version", build.version, "instance", id.id)
 	if lock != nil && !o.bypass {
@@ -142,17 +143,20 @@ func serve(ctx context.Context, o options, log *slog.Logger) (code int, err erro
 		log.Info("shutting down", "deadline", o.drain)
 	case s := <-signals:
 		log.Info("shutting down; a second signal stops at once", "signal", s.String(), "deadline", o.drain)
-	case err = <-failed:
+	case err := <-failed:
+		log.Error("shutting down: " + err.Error())
 		code = exitFailed
-	case err = <-check.leave:
+	case err := <-check.leave:
+		log.Error(err.Error())
 		code = exitRefused
 	}
 	check.stop()
-	if stopped := stop(r, servers, signals, o.drain); !stopped {
-		return exitFailed, errors.New("stopped at once by a second signal")
+	if stopped := stop(r, doors, signals, o.drain); !stopped {
+		log.Error("stopped at once by a second signal")
+		return exitFailed, nil
 	}
 	log.Info("stopped", "uptime", time.Since(id.started).Round(time.Second))
-	return code, err
+	return code, nil
 }
 
 // holdInstance takes the instance lock. With the bypass it takes it where it is
@@ -198,8 +202,15 @@ func listen(flag, addr string) (net.Listener, error) {
 	return ln, nil
 }
 
+// door is a listener and who serves it: the drain shuts the one at its beginning
+// and the other at its end.
+type door struct {
+	ln  net.Listener
+	srv *http.Server
+}
+
 // serveHTTP serves h on ln, and reports an end that nobody asked for.
-func serveHTTP(ln net.Listener, h http.Handler, log *slog.Logger, failed chan<- error) *http.Server {
+func serveHTTP(ln net.Listener, h http.Handler, log *slog.Logger, failed chan<- error) door {
 	s := &http.Server{
 		Handler:           h,
 		ReadHeaderTimeout: greetTime,
@@ -215,23 +226,26 @@ func serveHTTP(ln net.Listener, h http.Handler, log *slog.Logger, failed chan<- 
 			failed <- fmt.Errorf("serving %s: %w", ln.Addr(), err)
 		}
 	}()
-	return s
+	return door{ln, s}
 }
 
-// stop drains r: the listeners close first, then everybody is told. It reports
-// false if a second signal came meanwhile.
-func stop(r *relay, servers []*http.Server, signals <-chan os.Signal, deadline time.Duration) bool {
+// stop drains r: the listeners close first, then everybody is told. Until that is
+// over, a load balancer that keeps a connection alive for its questions is
+// answered 503. It reports false if a second signal came meanwhile.
+func stop(r *relay, doors []door, signals <-chan os.Signal, deadline time.Duration) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), deadline)
 	defer cancel()
 	r.beginDrain()
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		for _, s := range servers[1:] {
-			s.Close()
+		for _, d := range doors {
+			d.ln.Close()
 		}
-		servers[0].Close()
 		r.drain(ctx)
+		for _, d := range doors {
+			d.srv.Close()
+		}
 	}()
 	select {
 	case <-done:

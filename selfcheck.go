@@ -8,7 +8,6 @@ import (
 	"net"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"syscall"
 	"time"
 )
@@ -50,22 +49,24 @@ type lockInfo struct {
 // instanceLock is the lock while it is ours.
 type instanceLock struct {
 	ln    net.Listener
+	talks chan struct{}  // a place for each connection that lingers
+	wg    sync.WaitGroup // the accept loop
+
+	mu    sync.Mutex // guards what follows
 	info  lockInfo
-	relay atomic.Pointer[relay] // nil until there is one to be counted
-	talks chan struct{}         // a place for each connection that lingers
-	wg    sync.WaitGroup        // the accept loop and the conversations
+	relay *relay // nil until there is one to be counted
 }
 
 // heldError says who holds the lock in our place.
 type heldError struct {
 	addr   string
 	holder *lockInfo // nil: not a relay
-	heard  string    // what a stranger said, for a person
+	heard  string    // what a stranger did, for a person
 }
 
 func (e *heldError) Error() string {
 	if e.holder == nil {
-		return fmt.Sprintf("refusing to start: %s, the -instance-lock, is held by something that is not a relay (%s): "+
+		return fmt.Sprintf("%s, the -instance-lock, is held by something that does not answer as a relay does (%s): "+
 			"stop it, or choose another loopback port with -instance-lock, the same for every relay on this host", e.addr, e.heard)
 	}
 	h := e.holder
@@ -73,7 +74,7 @@ func (e *heldError) Error() string {
 	if h.Draining {
 		state = ", shutting down just now"
 	}
-	return fmt.Sprintf("refusing to start: multi-instance deploy detected: %s %s already runs on this host (pid %d, listening on %s, up %v, servers connected: %d%s) and holds %s; "+
+	return fmt.Sprintf("multi-instance deploy detected: %s %s already runs on this host (pid %d, listening on %s, up %v, binaries connected: %d%s) and holds %s; "+
 		"a second relay has a registry of its own, and a phone that lands on the wrong one gets a silent 4404 although its binary is online: "+
 		"stop the first (kill %[3]d), or, for an emergency or a migration only, set %[9]s=1",
 		programName, h.Version, h.PID, h.Listen, time.Since(h.Started).Round(time.Second), h.Servers, state, e.addr, bypassName)
@@ -87,29 +88,27 @@ func lockInstance(addr string, info lockInfo) (*instanceLock, error) {
 		var ln net.Listener
 		if ln, err = net.Listen("tcp", addr); err == nil {
 			l := &instanceLock{ln: ln, info: info, talks: make(chan struct{}, maxLockTalks)}
-			l.wg.Add(1)
-			go l.serve()
+			l.wg.Go(l.serve)
 			return l, nil
 		}
 		if !errors.Is(err, syscall.EADDRINUSE) {
-			return nil, fmt.Errorf("refusing to start: binding %s, the -instance-lock, which proves that this is the only relay on this host: %w", addr, err)
+			return nil, fmt.Errorf("binding %s, the -instance-lock, which proves that this is the only relay on this host: %w", addr, err)
 		}
 		held, gone := askHolder(addr)
-		if !gone {
-			return nil, held
+		if err = held; !gone {
+			break
 		}
-		err = held
 		time.Sleep(50 * time.Millisecond)
 	}
 	return nil, err
 }
 
-// askHolder asks whoever holds addr who it is. gone: nobody listens there.
+// askHolder asks whoever holds addr who it is. gone: it has let go, as it seems.
 func askHolder(addr string) (held *heldError, gone bool) {
 	held = &heldError{addr: addr, heard: "it takes no connections"}
 	nc, err := net.DialTimeout("tcp", addr, lockAnswerTime)
 	if err != nil {
-		return held, true
+		return held, errors.Is(err, syscall.ECONNREFUSED)
 	}
 	defer nc.Close()
 	nc.SetDeadline(time.Now().Add(lockAnswerTime))
@@ -123,16 +122,24 @@ func askHolder(addr string) (held *heldError, gone bool) {
 	case err == nil:
 		held.heard = "it closes the connection"
 	case errors.Is(err, syscall.ECONNRESET):
+		held.heard = "it resets the connection"
 		return held, true
 	default:
-		held.heard = fmt.Sprintf("it says nothing for %v", lockAnswerTime)
+		held.heard = fmt.Sprintf("it says nothing within %v", lockAnswerTime)
 	}
 	return held, false
 }
 
+// serving tells the lock what it could not know when it was taken: the relay
+// itself, and which ports the kernel chose.
+func (l *instanceLock) serving(r *relay, listen, admin string) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.relay, l.info.Listen, l.info.Admin = r, listen, admin
+}
+
 // serve answers until Close.
 func (l *instanceLock) serve() {
-	defer l.wg.Done()
 	for {
 		nc, err := l.ln.Accept()
 		if errors.Is(err, net.ErrClosed) {
@@ -149,8 +156,10 @@ func (l *instanceLock) serve() {
 // answer says who holds the lock. The line fits in a new socket's buffer, so that
 // nobody waits for whoever asks; only until he has read it a place is taken.
 func (l *instanceLock) answer(nc *net.TCPConn) {
-	info := l.info
-	if r := l.relay.Load(); r != nil {
+	l.mu.Lock()
+	info, r := l.info, l.relay
+	l.mu.Unlock()
+	if r != nil {
 		info.Servers, info.Draining = r.metrics.connectedBinaries.Load(), r.isDraining()
 	}
 	line, _ := json.Marshal(info) // of strings, numbers and a time: does not fail
@@ -159,7 +168,6 @@ func (l *instanceLock) answer(nc *net.TCPConn) {
 	nc.CloseWrite()
 	select {
 	case l.talks <- struct{}{}:
-		l.wg.Add(1)
 		go l.linger(nc)
 	default:
 		nc.Close()
@@ -167,9 +175,9 @@ func (l *instanceLock) answer(nc *net.TCPConn) {
 }
 
 // linger reads what the other end has said, so that closing does not reset the
-// connection under the answer.
+// connection under the answer. Close does not wait for it: who asks and does not
+// hang up must not hold up the end of the process.
 func (l *instanceLock) linger(nc *net.TCPConn) {
-	defer l.wg.Done()
 	io.Copy(io.Discard, io.LimitReader(nc, maxLockAnswer))
 	nc.Close()
 	<-l.talks
@@ -200,7 +208,7 @@ func checkPlatform(o options, getenv func(string) (string, bool)) error {
 	if variable == "" || o.publicURL != nil || o.bypass {
 		return nil
 	}
-	return fmt.Errorf("refusing to start: multi-instance deploy detected: %s is set, and on %s one command runs a second relay, whose registry is another: "+
+	return fmt.Errorf("multi-instance deploy detected: %s is set, and on %s one command runs a second relay, whose registry is another: "+
 		"a phone that lands on the wrong one gets a silent 4404 although its binary is online: "+
 		"give -public-url wss://your.relay (or %s), with which the relay verifies instead of assuming that it is alone, "+
 		"or, for an emergency or a migration only, set %s=1", variable, platform, envName("public-url"), bypassName)
