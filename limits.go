@@ -154,7 +154,7 @@ func rateKey(a netip.Addr) netip.Addr {
 // Where an entry is no address, the proxy that passed it on is the client.
 func clientAddr(q *http.Request, trusted []netip.Prefix) netip.Addr {
 	ap, _ := netip.ParseAddrPort(q.RemoteAddr)
-	addr := ap.Addr().Unmap()
+	addr := ap.Addr().Unmap().WithZone("") // Contains matches no address with a zone
 	lines := q.Header["X-Forwarded-For"]
 	for l := len(lines) - 1; l >= 0; l-- {
 		for rest := lines[l]; rest != "" && within(addr, trusted); {
@@ -183,17 +183,17 @@ func within(a netip.Addr, nets []netip.Prefix) bool {
 	return false
 }
 
-// parseHop reads an address as proxies write it, with a port or without.
+// parseHop reads an address as proxies write it, with a port or without. A zone
+// means nothing away from the host that named it.
 func parseHop(s string) (netip.Addr, bool) {
-	a, err := netip.ParseAddr(strings.Trim(s, "[]"))
-	if err != nil {
-		ap, err := netip.ParseAddrPort(s)
-		if err != nil {
-			return netip.Addr{}, false
-		}
-		a = ap.Addr()
+	if ap, err := netip.ParseAddrPort(s); err == nil {
+		return ap.Addr().Unmap().WithZone(""), true
 	}
-	return a.Unmap(), true
+	if inner, ok := strings.CutPrefix(s, "["); ok {
+		s = strings.TrimSuffix(inner, "]")
+	}
+	a, err := netip.ParseAddr(s)
+	return a.Unmap().WithZone(""), err == nil
 }
 
 // limitIdle is an http.Server's ConnState hook: it turns away who comes while

@@ -1,0 +1,376 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"net/http"
+	"net/netip"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+func prefixList(s string) (all []netip.Prefix) {
+	for p := range strings.FieldsSeq(s) {
+		all = append(all, netip.MustParsePrefix(p))
+	}
+	return all
+}
+
+func TestClientAddr(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		name      string
+		remote    string
+		forwarded []string
+		want      string
+	}{
+		{"no proxy", "203.0.113.7:1234", nil, "203.0.113.7"},
+		{"a stranger's header is not believed", "203.0.113.7:1234", []string{"198.51.100.1"}, "203.0.113.7"},
+		{"one proxy", "127.0.0.1:1", []string{"203.0.113.7"}, "203.0.113.7"},
+		{"proxy over IPv6", "[::1]:1", []string{"203.0.113.7"}, "203.0.113.7"},
+		{"proxy on a dual-stack socket", "[::ffff:127.0.0.1]:1", []string{"::ffff:203.0.113.7"}, "203.0.113.7"},
+		{"what the client made up is left of it", "127.0.0.1:1", []string{"10.9.9.9, 8.8.8.8, 203.0.113.7"}, "203.0.113.7"},
+		{"two trusted proxies", "127.0.0.1:1", []string{"8.8.8.8, 203.0.113.7, 10.0.0.5"}, "203.0.113.7"},
+		{"lines count as one list", "127.0.0.1:1", []string{"203.0.113.7", "10.0.0.5, 10.0.0.6"}, "203.0.113.7"},
+		{"only proxies", "127.0.0.1:1", []string{"10.0.0.5,10.0.0.6"}, "10.0.0.5"},
+		{"with ports", "127.0.0.1:1", []string{"203.0.113.7:5000, 10.0.0.5:80"}, "203.0.113.7"},
+		{"IPv6 as proxies write it", "127.0.0.1:1", []string{"2001:db8::7"}, "2001:db8::7"},
+		{"IPv6 in brackets", "127.0.0.1:1", []string{"[2001:db8::7]"}, "2001:db8::7"},
+		{"IPv6 with port", "127.0.0.1:1", []string{"[2001:db8::7]:443"}, "2001:db8::7"},
+		{"a trusted network of IPv6", "127.0.0.1:1", []string{"2001:db8::7, fd00::1"}, "2001:db8::7"},
+		{"not an address", "127.0.0.1:1", []string{"203.0.113.7, unknown"}, "127.0.0.1"},
+		{"not an address behind a trusted hop", "127.0.0.1:1", []string{"203.0.113.7, unknown, 10.0.0.5"}, "10.0.0.5"},
+		{"a host name", "127.0.0.1:1", []string{"example.com"}, "127.0.0.1"},
+		{"empty", "127.0.0.1:1", []string{""}, "127.0.0.1"},
+		{"an empty entry", "127.0.0.1:1", []string{"203.0.113.7,"}, "127.0.0.1"},
+		{"a proxy on the link", "[fe80::1%eth0]:1", []string{"203.0.113.7"}, "203.0.113.7"},
+		{"a zone, which is somebody else's", "127.0.0.1:1", []string{"[fe90::1%eth0]:80"}, "fe90::1"},
+		{"spaces", "127.0.0.1:1", []string{"  8.8.8.8 ,\t203.0.113.7  "}, "203.0.113.7"},
+	} {
+		q := &http.Request{RemoteAddr: c.remote, Header: http.Header{"X-Forwarded-For": c.forwarded}}
+		if got := clientAddr(q, prefixList("127.0.0.0/8 ::1/128 10.0.0.0/8 fd00::/8 fe80::/16")); got.String() != c.want {
+			t.Errorf("%s: %s, want %s", c.name, got, c.want)
+		}
+	}
+}
+
+// FuzzForwardedFor: the right-most address that is not trusted decides, and
+// nothing left of it can change that.
+func FuzzForwardedFor(f *testing.F) {
+	for _, s := range []string{
+		"", ",", ", ", "203.0.113.7", "10.0.0.5, 203.0.113.7", "203.0.113.7, 10.0.0.5", "[2001:db8::7]:443, fd00::1", "unknown", "fe80::1%eth0",
+		"[fe80::1%25x]:1", "1.2.3.4:99999", "::ffff:10.0.0.1", "0x7f.1", "127.1", "[[1.2.3.4]]", "1.2.3.4]", ":80", "10.0.0.1,,10.0.0.2",
+	} {
+		f.Add("127.0.0.1:1", s, s)
+		f.Add("[2001:db8::1]:1", s, "10.0.0.5")
+		f.Add("not an address", s, "")
+	}
+	trusted := prefixList("127.0.0.0/8 ::1/128 10.0.0.0/8 fd00::/8")
+	f.Fuzz(func(t *testing.T, remote, line1, line2 string) {
+		ask := func(lines ...string) netip.Addr {
+			return clientAddr(&http.Request{RemoteAddr: remote, Header: http.Header{"X-Forwarded-For": lines}}, trusted)
+		}
+		believed := func(a netip.Addr) bool {
+			return slices.ContainsFunc(trusted, func(n netip.Prefix) bool { return n.Contains(a) })
+		}
+		var entries []string
+		for _, line := range []string{line1, line2} {
+			if line != "" {
+				entries = append(entries, strings.Split(line, ",")...)
+			}
+		}
+		peer, _ := netip.ParseAddrPort(remote)
+		want := peer.Addr().Unmap().WithZone("")
+		for _, entry := range slices.Backward(entries) { // each vouched for by the one before
+			hop, ok := parseHop(strings.TrimSpace(entry))
+			if !ok || !believed(want) {
+				break
+			}
+			want = hop
+		}
+		if got := ask(line1, line2); got != want || got.Is4In6() {
+			t.Fatalf("%q, %q from %q: %s, want %s", line1, line2, remote, got, want)
+		}
+		if believed(peer.Addr().Unmap().WithZone("")) {
+			for _, lines := range [][]string{{line1 + ", 203.0.113.7"}, {line1, line2, "203.0.113.7, 10.0.0.5"}} {
+				if got := ask(lines...); got != netip.MustParseAddr("203.0.113.7") {
+					t.Fatalf("%q from %q: %s, want what the proxy has seen", lines, remote, got)
+				}
+			}
+		}
+		// An address that is read is the same one in every way of writing it.
+		if a, ok := parseHop(line1); ok {
+			for _, form := range []string{a.String(), "[" + a.String() + "]", netip.AddrPortFrom(a, 80).String()} {
+				if again, ok := parseHop(form); !ok || again != a {
+					t.Fatalf("%q is %s, and that written as %q is %s", line1, a, form, again)
+				}
+			}
+		}
+	})
+}
+
+func TestRateKey(t *testing.T) {
+	t.Parallel()
+	for in, want := range map[string]string{
+		"203.0.113.7":           "203.0.113.7",
+		"::ffff:203.0.113.7":    "203.0.113.7",
+		"2001:db8:1:2:3:4:5:6":  "2001:db8:1:2::",
+		"2001:db8:1:2:ffff::1":  "2001:db8:1:2::",
+		"2001:db8:1:3::1":       "2001:db8:1:3::",
+		"fe80::1234:5678:9%any": "fe80::",
+		"::1":                   "::",
+	} {
+		if got := rateKey(netip.MustParseAddr(in)); got.String() != want {
+			t.Errorf("%s shares the bucket of %s, want %s", in, got, want)
+		}
+	}
+}
+
+// testClock is a clock that a test moves.
+type testClock struct{ at time.Time }
+
+func newTestClock() *testClock               { return &testClock{time.Unix(1e9, 0)} }
+func (c *testClock) now() time.Time          { return c.at }
+func (c *testClock) advance(d time.Duration) { c.at = c.at.Add(d) }
+
+// testRates are buckets of 10 a minute with a burst of 20, the defaults.
+func testRates(clock *testClock) *rates { return &newLimits(defaultOptions(), clock.now).rates }
+
+func addrNumber(i int) netip.Addr {
+	return netip.AddrFrom4([4]byte{11, byte(i >> 16), byte(i >> 8), byte(i)})
+}
+
+// exhaust asks until it is refused, and returns how often it was not.
+func exhaust(r *rates, addr netip.Addr) (n int) {
+	for ok, _ := r.allow(addr); ok; ok, _ = r.allow(addr) {
+		n++
+	}
+	return n
+}
+
+func TestRates(t *testing.T) {
+	t.Parallel()
+	clock := newTestClock()
+	r := testRates(clock)
+	one, other := addrNumber(1), addrNumber(2)
+	for i, step := range []struct {
+		after time.Duration
+		addr  netip.Addr
+		want  int
+	}{
+		{0, one, 20},
+		{0, other, 20},
+		{6 * time.Second, one, 1},
+		{time.Minute, one, 10},
+		{time.Second, one, 0},
+		{time.Second, other, 11},
+		{time.Hour, one, 20},
+	} {
+		clock.advance(step.after)
+		if n := exhaust(r, step.addr); n != step.want {
+			t.Errorf("step %d: %d allowed, want %d", i, n, step.want)
+		}
+	}
+}
+
+// Who waits for as long as Retry-After says is let in, and not a moment earlier.
+func TestRatesWait(t *testing.T) {
+	t.Parallel()
+	clock := newTestClock()
+	r := testRates(clock)
+	addr := addrNumber(1)
+	exhaust(r, addr)
+	for range 50 {
+		_, wait := r.allow(addr)
+		if wait <= 0 || wait > 6*time.Second {
+			t.Fatalf("wait is %v, one token takes 6s", wait)
+		}
+		clock.advance(wait - 1)
+		if ok, left := r.allow(addr); ok || left != 1 {
+			t.Fatalf("a nanosecond early: allowed %v, %v to wait", ok, left)
+		}
+		clock.advance(1)
+		if ok, _ := r.allow(addr); !ok {
+			t.Fatalf("refused after a wait of %v", wait)
+		}
+	}
+}
+
+func TestRatesOff(t *testing.T) {
+	t.Parallel()
+	l := newLimits(testOptions(), newTestClock().now)
+	for range 1000 {
+		if ok, _ := l.allow(addrNumber(1)); !ok {
+			t.Fatal("refused with -rate-per-minute 0")
+		}
+	}
+}
+
+// Buckets that are full again are forgotten.
+func TestRatesSweep(t *testing.T) {
+	t.Parallel()
+	clock := newTestClock()
+	r := testRates(clock)
+	for i := range 1000 {
+		r.allow(addrNumber(i))
+	}
+	clock.advance(time.Minute)
+	exhaust(r, addrNumber(2000))
+	if len(r.seen) != 1001 {
+		t.Fatalf("%d buckets, want 1,001", len(r.seen))
+	}
+	clock.advance(time.Minute + 1)
+	r.allow(addrNumber(3000))
+	if len(r.seen) != 2 {
+		t.Errorf("%d buckets after a sweep, want the newest and the one that is not full", len(r.seen))
+	}
+	if n := exhaust(r, addrNumber(2000)); n != 10 {
+		t.Errorf("%d allowed after a minute and a sweep, want 10", n)
+	}
+}
+
+// A stranger with more addresses than the table holds locks nobody out, and
+// does not buy an address that is over its rate a new bucket.
+func TestRatesEviction(t *testing.T) {
+	t.Parallel()
+	clock := newTestClock()
+	r := testRates(clock)
+	greedy := netip.MustParseAddr("192.0.2.1")
+	exhaust(r, greedy)
+	for i := range maxAddresses + 5000 {
+		if ok, _ := r.allow(addrNumber(i)); !ok {
+			t.Fatalf("address %d was refused", i)
+		}
+		if len(r.seen) > maxAddresses {
+			t.Fatalf("%d buckets, limit %d", len(r.seen), maxAddresses)
+		}
+	}
+	if len(r.seen) != maxAddresses {
+		t.Errorf("%d buckets, want a full table of %d", len(r.seen), maxAddresses)
+	}
+	// Of eight buckets the fullest goes, which the emptiest of all never is.
+	if ok, _ := r.allow(greedy); ok {
+		t.Error("the emptiest bucket was forgotten")
+	}
+}
+
+func TestConnectionCap(t *testing.T) {
+	t.Parallel()
+	o := testOptions()
+	o.maxConnections = 100
+	l := newLimits(o, time.Now)
+	var got atomic.Int64
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 50 {
+				if l.acquireConn() {
+					got.Add(1)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	if got.Load() > 100 || l.current.Load() != got.Load() {
+		t.Fatalf("%d connections of 100, counted %d", got.Load(), l.current.Load())
+	}
+	for l.acquireConn() {
+		got.Add(1)
+	}
+	if got.Load() != 100 {
+		t.Fatalf("%d connections, want 100", got.Load())
+	}
+	l.releaseConn()
+	if !l.acquireConn() || l.acquireConn() {
+		t.Fatal("a place that was given back is not exactly one place")
+	}
+}
+
+func TestBudget(t *testing.T) {
+	t.Parallel()
+	const limit, step = 1000, 307
+	b := &budget{limit: limit}
+	var held, most atomic.Int64
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 5000 {
+				if !b.take(step) {
+					continue
+				}
+				now := held.Add(step)
+				for old := most.Load(); now > old && !most.CompareAndSwap(old, now); old = most.Load() {
+				}
+				held.Add(-step)
+				b.give(step)
+			}
+		})
+	}
+	wg.Wait()
+	if most.Load() > limit || b.used() != 0 {
+		t.Fatalf("%d of %d bytes held at once, %d left in the end", most.Load(), limit, b.used())
+	}
+	if !b.take(limit) || b.take(1) {
+		t.Fatal("the budget is not exactly its limit")
+	}
+	b.force(5)
+	if b.used() != limit+5 || b.take(1) {
+		t.Fatalf("%d bytes used after 5 forced ones", b.used())
+	}
+}
+
+// endConn is a net.Conn of which only the end matters.
+type endConn struct {
+	net.Conn
+	closed bool
+}
+
+func (c *endConn) Close() error { c.closed = true; return nil }
+
+func TestLimitIdle(t *testing.T) {
+	t.Parallel()
+	hook := limitIdle()
+	arrive := func() *endConn {
+		c := new(endConn)
+		hook(c, http.StateNew)
+		if c.closed { // net/http says so when it finds out
+			hook(c, http.StateClosed)
+		}
+		return c
+	}
+	var all []*endConn
+	for range maxWaiting {
+		if all = append(all, arrive()); all[len(all)-1].closed {
+			t.Fatalf("number %d was turned away", len(all))
+		}
+	}
+	if !arrive().closed {
+		t.Fatal("one too many was let in")
+	}
+	hook(all[0], http.StateHijacked) // a session now
+	hook(all[1], http.StateClosed)
+	if arrive().closed || arrive().closed || !arrive().closed {
+		t.Fatal("two places that were given back are not exactly two places")
+	}
+}
+
+func TestLogGate(t *testing.T) {
+	t.Parallel()
+	var g logGate
+	var got []string
+	for i := range 30 { // ten a second
+		at := time.Hour + time.Duration(i)*100*time.Millisecond
+		if skipped, ok := g.allow(int64(at)); ok {
+			got = append(got, fmt.Sprint(i, "/", skipped))
+		}
+	}
+	// Five a second, and the first of a second tells of those left out before.
+	want := []string{"0/0", "1/0", "2/0", "3/0", "4/0", "10/5", "11/0", "12/0", "13/0", "14/0", "20/5", "21/0", "22/0", "23/0", "24/0"}
+	if !slices.Equal(got, want) {
+		t.Errorf("lines %q, want %q", got, want)
+	}
+}
