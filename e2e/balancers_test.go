@@ -1,0 +1,230 @@
+package e2e
+
+import (
+	"fmt"
+	"strings"
+	"syscall"
+	"testing"
+)
+
+// What happens with two relays behind one name, and what the relays' own check of
+// that name (-public-url) says of it.
+
+// pace shortens the check: between rounds while all is well, between rounds when
+// it is not, and how long a split lasts before the younger relay leaves.
+func pace(every, again, over string) []string {
+	return []string{"PYRYCODE_RELAY_TEST_PUBLIC_CHECK=" + every + "," + again + "," + over}
+}
+
+// publicRelay starts a relay at an address, behind a public one.
+func publicRelay(t testing.TB, env []string, addr, public string) *relayProcess {
+	t.Helper()
+	return startRelayEnv(t, env, "-listen", addr, "-public-url", "ws://"+public, "-log-level", "debug")
+}
+
+// alarm is in the log of a relay that has found another.
+const alarm = "multi-instance deploy detected"
+
+// claims is how many times the relay has claimed a server-id on itself through
+// its public name: once a round.
+func (r *relayProcess) claims() int {
+	n := 0
+	for line := range strings.Lines(r.output()) {
+		if strings.Contains(line, `"DEBUG","msg":"connected","leg":"binary"`) {
+			n++
+		}
+	}
+	return n
+}
+
+// wantCheck waits for a verdict.
+func (r *relayProcess) wantCheck(verdict string) {
+	r.t.Helper()
+	eventually(r.t, "the check of "+r.instance+" says "+verdict, func() bool { return getHealth(r.t, r.addr).Check == verdict })
+}
+
+// quiet reports whether some more rounds, once the name is verified, see no other
+// relay.
+func (r *relayProcess) quiet(rounds int) bool {
+	r.t.Helper()
+	r.wantCheck("verified")
+	claims, alarms := r.claims(), strings.Count(r.output(), alarm)
+	eventually(r.t, "rounds of the check", func() bool { return r.claims() >= claims+rounds })
+	return getHealth(r.t, r.addr).Check == "verified" && strings.Count(r.output(), alarm) == alarms
+}
+
+// wantNoAlarm wants no round of the relay's to have ended in an alarm.
+func (r *relayProcess) wantNoAlarm(rounds int) {
+	r.t.Helper()
+	if !r.quiet(rounds) || strings.Contains(r.output(), alarm) {
+		r.t.Errorf("a false alarm of %s", r.instance)
+	}
+}
+
+// TestRoundRobin: both relays find each other, the younger leaves, and phones that
+// were told 4404 reach their binary.
+func TestRoundRobin(t *testing.T) {
+	for _, b := range balancers {
+		t.Run(b.name, func(t *testing.T) {
+			t.Parallel()
+			one, two := freeAddr(t), freeAddr(t)
+			public := b.start(t, false, one, two)
+			env := pace("1s", "1s", "1500ms")
+			older := publicRelay(t, env, one, public)
+			younger := publicRelay(t, env, two, public)
+
+			// A binary on each: one of them will have to move.
+			var homes []string
+			for getHealth(t, one).Binaries == 0 || getHealth(t, two).Binaries == 0 {
+				id := fmt.Sprintf("home-%d", len(homes))
+				keepBinary(t, public, id)
+				homes = append(homes, id)
+			}
+			for _, id := range homes {
+				eventually(t, "a phone of "+id+" is told 4404", func() bool {
+					e := ask(t, public, id)
+					return e.code == 4404 && strings.HasPrefix(e.reason, "server-id never seen")
+				})
+			}
+
+			older.wantCheck("split")
+			younger.wantCheck("split")
+			younger.wantOut()
+			if out := younger.output(); !strings.Contains(out, "this one ("+younger.instance) || !strings.Contains(out, "relay "+older.instance) {
+				t.Error("the younger does not say which relay is the older")
+			}
+			// One round raises a suspicion, the next one the alarm. That chance brings
+			// each phone of a round to its own relay may happen once.
+			for _, r := range []*relayProcess{older, younger} {
+				if n := strings.Count(r.output(), "checking again"); n < 1 || n > 2 {
+					t.Errorf("%s was suspicious %d times", r.instance, n)
+				}
+			}
+			older.wantCheck("verified")
+			eventually(t, "all binaries are back", func() bool { return getHealth(t, one).Binaries == len(homes) })
+			for _, id := range homes {
+				for range 3 {
+					if e := ask(t, public, id); e.ended {
+						t.Errorf("a phone of %s got %s", id, e)
+					}
+				}
+			}
+		})
+	}
+}
+
+// TestNoFalseAlarm: what looks like two relays, or is for a moment, and harms nobody.
+func TestNoFalseAlarm(t *testing.T) {
+	env := pace("200ms", "200ms", "1s")
+	for _, b := range balancers {
+		t.Run(b.name+"/sticky by server-id", func(t *testing.T) {
+			t.Parallel()
+			one, two := freeAddr(t), freeAddr(t)
+			public := b.start(t, true, one, two)
+			first, second := publicRelay(t, env, one, public), publicRelay(t, env, two, public)
+			first.wantNoAlarm(8)
+			second.wantNoAlarm(8)
+		})
+		t.Run(b.name+"/one backend", func(t *testing.T) {
+			t.Parallel()
+			one := freeAddr(t)
+			publicRelay(t, env, one, b.start(t, false, one)).wantNoAlarm(3)
+		})
+		t.Run(b.name+"/restart", func(t *testing.T) {
+			t.Parallel()
+			one := freeAddr(t)
+			public := b.start(t, false, one)
+			first := publicRelay(t, env, one, public)
+			first.wantNoAlarm(1)
+			first.stop()
+			publicRelay(t, env, one, public).wantNoAlarm(3)
+			if strings.Contains(first.output(), alarm) {
+				t.Error("a false alarm of the first")
+			}
+		})
+		t.Run(b.name+"/rolling update", func(t *testing.T) {
+			t.Parallel()
+			// Both serve for less time than a suspicion takes to be looked into.
+			env := pace("200ms", "3s", "90s")
+			one, two := freeAddr(t), freeAddr(t)
+			public := b.start(t, false, one, two)
+			first := publicRelay(t, env, one, public)
+			first.wantCheck("verified")
+			second := publicRelay(t, env, two, public)
+			first.stop()
+			second.wantNoAlarm(3)
+			if strings.Contains(first.output(), alarm) {
+				t.Error("a false alarm of the first")
+			}
+		})
+	}
+}
+
+// TestStickyFailover pins what docs/architecture.md says of sticky backends: when
+// one is gone its server-ids move to the other, and when it is back they move
+// home without the binaries that have claimed them meanwhile.
+func TestStickyFailover(t *testing.T) {
+	for _, b := range balancers {
+		t.Run(b.name, func(t *testing.T) {
+			t.Parallel()
+			one, two := freeAddr(t), freeAddr(t)
+			public := b.start(t, true, one, two)
+			env := pace("200ms", "200ms", "90s")
+			first, second := publicRelay(t, env, one, public), publicRelay(t, env, two, public)
+			first.wantCheck("verified")
+			second.wantCheck("verified")
+			// A server-id of the first relay's, and one of the second's.
+			var moves, stays string
+			for i := 0; moves == "" || stays == ""; i++ {
+				id := fmt.Sprintf("home-%d", i)
+				before := getHealth(t, one).Binaries
+				probe := coderLibrary.binary(t, public, id)
+				if getHealth(t, one).Binaries > before {
+					moves = id
+				} else {
+					stays = id
+				}
+				probe.close(1000, "")
+				eventually(t, "the binary has left", func() bool { return getHealth(t, one).Binaries+getHealth(t, two).Binaries == 0 })
+			}
+			keepBinary(t, public, stays)
+			gone := keepBinary(t, public, moves)
+			near, far := wsLibrary.phone(t, public, stays), wsLibrary.phone(t, public, moves)
+			for _, ph := range []*peer{near, far} {
+				ph.send("1")
+				ph.want("1")
+			}
+
+			// Down: its sessions are lost, and what redials meets on the other.
+			first.stopping = true
+			first.signal(syscall.SIGKILL)
+			<-first.done
+			far.wantEnd(1006, "")
+			eventually(t, "a phone of the moved server-id reaches its binary", func() bool { return !ask(t, public, moves).ended })
+			near.send("2")
+			near.want("2")
+			held := wsLibrary.phone(t, public, moves)
+
+			// Back: who is connected stays where it is, who comes is sent home,
+			// where the binary is not.
+			back := publicRelay(t, env, one, public)
+			eventually(t, "a phone of the moved server-id is told 4404", func() bool {
+				e := ask(t, public, moves)
+				return e.code == 4404 && strings.HasPrefix(e.reason, "server-id never seen")
+			})
+			held.send("3")
+			held.want("3")
+			// The check does not see it for long: its own server-ids are new, and
+			// stick once the balancer has made up its mind (nginx gives a backend
+			// that has failed one connection at a time until one has ended well).
+			eventually(t, "the check finds no fault", func() bool { return back.quiet(3) && second.quiet(3) })
+			if e := ask(t, public, moves); e.code != 4404 {
+				t.Errorf("a phone of the moved server-id got %s, want 4404 still", e)
+			}
+
+			// It lasts until the binary dials again.
+			gone.redial()
+			eventually(t, "a phone reaches the binary again", func() bool { return !ask(t, public, moves).ended })
+		})
+	}
+}

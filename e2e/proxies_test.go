@@ -1,0 +1,154 @@
+package e2e
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// HAProxy and nginx as Debian packs them, each as one process of its own.
+
+// tool finds a program that Debian puts where only root looks.
+func tool(t testing.TB, name string) string {
+	t.Helper()
+	path, err := exec.LookPath(name)
+	if err != nil {
+		path, err = exec.LookPath("/usr/sbin/" + name)
+	}
+	if err != nil {
+		t.Fatalf("%v: apt-get install haproxy nginx-light", err)
+	}
+	return path
+}
+
+func writeFile(t testing.TB, path, text string) string {
+	t.Helper()
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return path
+}
+
+// awaitListener waits until a program takes connections.
+func awaitListener(t testing.TB, p *program, addr string) {
+	t.Helper()
+	eventually(t, addr+" takes connections", func() bool {
+		select {
+		case <-p.done:
+			t.Fatalf("%s has ended:\n%s", filepath.Base(p.cmd.Path), p.output())
+		default:
+		}
+		nc, err := net.Dial("tcp", addr)
+		if err != nil {
+			return false
+		}
+		nc.Close()
+		return true
+	})
+}
+
+// startNginx serves the content of a server block and returns its address.
+// context is what stands beside the server block.
+func startNginx(t testing.TB, listen, context, server string) (addr string) {
+	t.Helper()
+	addr, dir := freeAddr(t), t.TempDir()
+	config := writeFile(t, filepath.Join(dir, "nginx.conf"), fmt.Sprintf(`
+daemon off;
+master_process off;
+pid %[1]s/pid;
+error_log stderr warn;
+events {}
+http {
+	access_log off;
+	client_body_temp_path %[1]s/body;
+	proxy_temp_path %[1]s/proxy;
+	fastcgi_temp_path %[1]s/fastcgi;
+	uwsgi_temp_path %[1]s/uwsgi;
+	scgi_temp_path %[1]s/scgi;
+	%[2]s
+	server {
+		listen %[3]s %[4]s;
+		%[5]s
+	}
+}
+`, dir, context, addr, listen, server))
+	p := start(t, exec.Command(tool(t, "nginx"), "-e", "stderr", "-c", config), func(string) {})
+	awaitListener(t, p, addr)
+	return addr
+}
+
+// nginxLocation is a location that forwards as README.md says, to a host and port
+// or an upstream.
+func nginxLocation(t testing.TB, backend string) string {
+	t.Helper()
+	readme, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, block, ok := strings.Cut(string(readme), "\nlocation / {\n")
+	block, _, closed := strings.Cut(block, "\n}\n")
+	const backendThere = "proxy_pass http://127.0.0.1:8080;"
+	if !ok || !closed || strings.Count(block, backendThere) != 1 {
+		t.Fatalf("README.md has no nginx location with %q", backendThere)
+	}
+	return "location / {\n" + strings.Replace(block, "127.0.0.1:8080", backend, 1) + "\n}"
+}
+
+// startHAProxy serves a backend section's lines and returns its address.
+func startHAProxy(t testing.TB, backend string) (addr string) {
+	t.Helper()
+	addr = freeAddr(t)
+	config := writeFile(t, filepath.Join(t.TempDir(), "haproxy.cfg"), fmt.Sprintf(`
+defaults
+	mode http
+	timeout connect 2s
+	timeout client 30s
+	timeout server 30s
+	timeout tunnel 1h
+	option forwardfor
+	option redispatch
+frontend public
+	bind %s
+	default_backend relays
+backend relays
+%s
+`, addr, backend))
+	p := start(t, exec.Command(tool(t, "haproxy"), "-db", "-f", config), func(string) {})
+	awaitListener(t, p, addr)
+	return addr
+}
+
+// balancer is a load balancer in front of relays.
+type balancer struct {
+	name  string
+	start func(t testing.TB, sticky bool, relays ...string) (addr string)
+}
+
+var balancers = []balancer{
+	{"haproxy", func(t testing.TB, sticky bool, relays ...string) string {
+		t.Helper()
+		lines := []string{"balance roundrobin"}
+		if sticky {
+			lines = []string{"balance hdr(x-pyrycode-server)", "hash-type consistent"}
+		}
+		for i, r := range relays {
+			lines = append(lines, fmt.Sprintf("server relay%d %s check inter 50ms fall 1 rise 1", i, r))
+		}
+		return startHAProxy(t, strings.Join(lines, "\n"))
+	}},
+	{"nginx", func(t testing.TB, sticky bool, relays ...string) string {
+		t.Helper()
+		var lines []string
+		if sticky {
+			lines = append(lines, "hash $http_x_pyrycode_server consistent;")
+		}
+		for _, r := range relays {
+			lines = append(lines, fmt.Sprintf("server %s fail_timeout=1s;", r))
+		}
+		return startNginx(t, "", "upstream relays {\n"+strings.Join(lines, "\n")+"\n}", nginxLocation(t, "relays"))
+	}},
+}
