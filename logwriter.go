@@ -26,7 +26,8 @@ type logWriter struct {
 	mu      sync.Mutex // guards what follows
 	lines   []byte
 	dropped int
-	closed  bool
+	closed  bool // Close was called
+	through bool // the backlog is written: lines go straight to out
 }
 
 // newLogWriter returns a writer to out that lives until Close. Before the first
@@ -42,7 +43,7 @@ func (w *logWriter) Write(line []byte) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	switch {
-	case w.closed:
+	case w.through:
 		w.out.Write(line)
 	case len(w.lines)+len(line) > maxLogBacklog:
 		w.dropped++
@@ -83,8 +84,15 @@ func (w *logWriter) run() {
 		w.mu.Lock()
 		lines, dropped := w.lines, w.dropped
 		w.lines, w.dropped = spare[:0], 0
+		if closed {
+			// With the lock, so that no later line overtakes these.
+			w.out.Write(lines)
+			w.through = true
+		}
 		w.mu.Unlock()
-		w.out.Write(lines)
+		if !closed {
+			w.out.Write(lines)
+		}
 		if dropped > 0 {
 			w.dropLog(dropped)
 		}
