@@ -115,7 +115,7 @@ func TestRoundRobin(t *testing.T) {
 
 // TestNoFalseAlarm: what looks like two relays, or is for a moment, and harms nobody.
 func TestNoFalseAlarm(t *testing.T) {
-	env := pace("200ms", "200ms", "1s")
+	env := pace("200ms", "1s", "3s") // the first round is a second away: both have started
 	for _, b := range balancers {
 		t.Run(b.name+"/sticky by server-id", func(t *testing.T) {
 			t.Parallel()
@@ -169,7 +169,7 @@ func TestStickyFailover(t *testing.T) {
 			t.Parallel()
 			one, two := freeAddr(t), freeAddr(t)
 			public := b.start(t, true, one, two)
-			env := pace("200ms", "200ms", "90s")
+			env := pace("200ms", "1s", "90s")
 			first, second := publicRelay(t, env, one, public), publicRelay(t, env, two, public)
 			first.wantCheck("verified")
 			second.wantCheck("verified")
