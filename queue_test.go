@@ -1,0 +1,157 @@
+package main
+
+import (
+	"bytes"
+	"math/rand/v2"
+	"testing"
+)
+
+func testMemory(limit int64) *memory { return &memory{budget: &budget{limit: limit}} }
+
+// TestQueue holds a queue against a slice through any order of additions and
+// removals.
+func TestQueue(t *testing.T) {
+	t.Parallel()
+	random := rand.New(rand.NewPCG(7, 8))
+	source := make([]byte, 100<<10)
+	for i := range source {
+		source[i] = byte(random.Uint32())
+	}
+	part := func() []byte {
+		n := random.IntN(1 + len(source)>>random.IntN(17))
+		at := random.IntN(1 + len(source) - n)
+		return source[at : at+n]
+	}
+	for range 40 {
+		m := testMemory(1 << 30)
+		var q queue
+		var want []byte
+		for range 100 {
+			if random.IntN(2) == 0 {
+				a, b, c := part(), part(), part()
+				if !q.add(m, false, a, b, c) {
+					t.Fatal("nothing was added within the budget")
+				}
+				want = append(append(append(want, a...), b...), c...)
+			} else {
+				n := random.IntN(1 + q.n)
+				q.discard(m, n)
+				want = want[n:]
+			}
+			checkQueue(t, m, &q, want)
+		}
+		q.drop(m)
+		if q.n != 0 || q.head != nil || q.tail != nil || m.budget.used() != 0 {
+			t.Fatalf("after drop %d bytes are queued and %d charged", q.n, m.budget.used())
+		}
+	}
+}
+
+func checkQueue(t *testing.T, m *memory, q *queue, want []byte) {
+	t.Helper()
+	if q.n != len(want) {
+		t.Fatalf("%d bytes queued, want %d", q.n, len(want))
+	}
+	var charged int64
+	var got []byte
+	for k := q.head; k != nil; k = k.next {
+		charged += int64(len(k.b))
+		got = append(got, k.bytes()...)
+	}
+	if !bytes.Equal(got, want) {
+		t.Fatal("the queue does not hold what was added")
+	}
+	if m.budget.used() != charged {
+		t.Fatalf("%d bytes are charged for blocks of %d", m.budget.used(), charged)
+	}
+	// As many views as there are, and never an empty one, which a write would
+	// take for an end.
+	var v [3][]byte
+	var seen []byte
+	for _, b := range v[:q.views(v[:])] {
+		if len(b) == 0 {
+			t.Fatal("an empty view")
+		}
+		seen = append(seen, b...)
+	}
+	if !bytes.HasPrefix(want, seen) || len(want) > 0 && len(seen) == 0 {
+		t.Fatal("the views are not the front of the queue")
+	}
+}
+
+// What does not fit leaves no trace; what is forced is charged all the same.
+func TestQueueBudget(t *testing.T) {
+	t.Parallel()
+	m := testMemory(int64(blockSizes[0]))
+	var q queue
+	if !q.add(m, false, []byte("head"), nil, nil) {
+		t.Fatal("the first block was refused")
+	}
+	if q.add(m, false, make([]byte, blockSizes[0]/2), make([]byte, blockSizes[0]/2), nil) {
+		t.Fatal("more than the budget was added")
+	}
+	checkQueue(t, m, &q, []byte("head"))
+	if !q.add(m, true, make([]byte, blockSizes[0]), nil, nil) {
+		t.Fatal("a forced addition was refused")
+	}
+	if m.budget.used() != 2*int64(blockSizes[0]) {
+		t.Errorf("%d bytes charged, want two of the smallest blocks", m.budget.used())
+	}
+	q.drop(m)
+	if m.budget.used() != 0 {
+		t.Errorf("%d bytes charged after drop", m.budget.used())
+	}
+}
+
+func TestQueueMoveTo(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ from, to string }{{"", ""}, {"a", ""}, {"", "b"}, {"a", "b"}} {
+		m := testMemory(1 << 30)
+		var from, to queue
+		from.add(m, false, []byte(c.from), nil, nil)
+		to.add(m, false, []byte(c.to), nil, nil)
+		from.moveTo(&to)
+		checkQueue(t, m, &to, []byte(c.to+c.from))
+		if from != (queue{}) {
+			t.Errorf("%q to %q: something is left behind", c.from, c.to)
+		}
+		to.add(m, false, []byte("more"), nil, nil)
+		checkQueue(t, m, &to, []byte(c.to+c.from+"more"))
+		to.drop(m)
+	}
+}
+
+func TestBlockSizes(t *testing.T) {
+	t.Parallel()
+	m := testMemory(1 << 30)
+	for _, c := range []struct{ need, capacity int }{
+		{0, 1152}, {1, 1152}, {1152, 1152}, {1153, 4224}, {16 << 10, 16512}, {64<<10 + 128, 65664}, {256 << 10, 262272}, {262273, 262273}, {1 << 20, 1 << 20},
+	} {
+		k := m.get(c.need, false)
+		if len(k.b) != c.capacity || m.budget.used() != int64(c.capacity) {
+			t.Errorf("for %d bytes: a block of %d, %d charged, want %d", c.need, len(k.b), m.budget.used(), c.capacity)
+		}
+		m.put(k)
+		if m.budget.used() != 0 {
+			t.Errorf("for %d bytes: %d charged in the end", c.need, m.budget.used())
+		}
+	}
+}
+
+func TestBlockGrow(t *testing.T) {
+	t.Parallel()
+	m := testMemory(8 << 10)
+	k := m.get(1, false)
+	k.w = copy(k.b, "discarded|kept")
+	k.r = len("discarded|")
+	if same := m.grow(k, len(k.b)); same != k {
+		t.Error("a block with enough room was replaced")
+	}
+	if m.grow(k, 64<<10) != nil || string(k.bytes()) != "kept" || m.budget.used() != int64(len(k.b)) {
+		t.Error("a block that may not grow did not stay as it was")
+	}
+	k = m.grow(k, 4<<10)
+	if string(k.bytes()) != "kept" || len(k.b) < 4<<10 || m.budget.used() != int64(len(k.b)) {
+		t.Errorf("grown to %d bytes with %q, %d charged", len(k.b), k.bytes(), m.budget.used())
+	}
+}
