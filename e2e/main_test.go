@@ -60,22 +60,26 @@ func eventually(t testing.TB, what string, cond func() bool) {
 	}
 }
 
+// ownIP is a loopback address that only this process uses.
+var ownIP = func() net.IP {
+	pid := os.Getpid()
+	return net.IPv4(127, byte(64+pid>>16&63), byte(pid>>8), byte(pid))
+}()
+
 var ports struct {
 	mu    sync.Mutex
 	given map[string]bool
 }
 
 // freeAddr is an address for a program that cannot be given port 0. The port is
-// the kernel's choice, on a loopback address that only this process uses, so
-// that nobody else's connection gets it before the program has it.
+// the kernel's choice, at ownIP, so that nobody else's connection gets it before
+// the program has it.
 func freeAddr(t testing.TB) string {
 	t.Helper()
-	pid := os.Getpid()
-	host := fmt.Sprintf("127.%d.%d.%d", 64+pid>>16&63, pid>>8&255, pid&255)
 	ports.mu.Lock()
 	defer ports.mu.Unlock()
 	for {
-		ln, err := net.Listen("tcp", net.JoinHostPort(host, "0"))
+		ln, err := net.ListenTCP("tcp", &net.TCPAddr{IP: ownIP})
 		if err != nil {
 			t.Fatal(err)
 		}
