@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 )
 
@@ -149,13 +150,15 @@ func (p *probe) steps(ctx context.Context) {
 	if claim == nil {
 		return
 	}
+	var echo sync.WaitGroup
+	defer echo.Wait()
 	defer claim.close()
 	if err := claim.settled(); err != nil {
 		p.fail("claim", explain(p.base, err))
 		return
 	}
 	p.pass("claim", "a binary's claim of the server-id "+p.id+" is taken")
-	go claim.echo() // until claim is closed
+	echo.Go(claim.echo) // until claim is closed
 
 	ph := p.joins(ctx, claim)
 	if ph != nil {

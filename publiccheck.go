@@ -103,7 +103,7 @@ func startPublicCheck(o options, r *relay) *publicCheck {
 		return c
 	}
 	c.url = o.publicURL.String()
-	path := &publicPath{me: r.id, base: o.publicURL, keys: r.probes, pause: o.checkPace.again / 200}
+	path := &publicPath{me: r.id, base: o.publicURL, keys: r.probes, pause: min(o.checkPace.again/10, longestPause)}
 	c.round = path.round
 	c.state.setPublic(publicPending)
 	c.wg.Go(func() { c.run(ctx) })

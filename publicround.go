@@ -8,6 +8,7 @@ import (
 	mrand "math/rand/v2"
 	"net/url"
 	"slices"
+	"sync"
 	"time"
 )
 
@@ -24,8 +25,11 @@ const (
 	// maxMisses is how many claims may reach no relay at all.
 	maxMisses = 3
 	// elsewhereJoins are the phones that look whether they follow a claim on
-	// another relay.
+	// another relay, for the first elsewhereLooks of such claims.
 	elsewhereJoins = 2
+	elsewhereLooks = 4
+	// longestPause is what two connections are apart at the most.
+	longestPause = 150 * time.Millisecond
 )
 
 // publicPath is the way through the public name.
@@ -105,7 +109,11 @@ func (p *publicPath) round(ctx context.Context, joins int) finding {
 	t := &tally{base: p.base}
 	var elsewhere []reach
 	for misses := 0; len(elsewhere)+misses < maxClaims && misses < maxMisses && ctx.Err() == nil; {
-		switch r := p.tryID(ctx, joins, t); r.kind {
+		follow := elsewhereJoins
+		if len(elsewhere) >= elsewhereLooks {
+			follow = 0
+		}
+		switch r := p.tryID(ctx, joins, follow, t); r.kind {
 		case reachMe:
 			return t.finding()
 		case reachOther:
@@ -126,12 +134,15 @@ func (p *publicPath) round(ctx context.Context, joins int) finding {
 	return t.finding()
 }
 
-// tryID claims a new server-id and joins it as a phone. It returns whom the claim
-// reached; the phones go into t.
-func (p *publicPath) tryID(ctx context.Context, joins int, t *tally) reach {
+// tryID claims a new server-id and joins it, with so many phones if the claim is
+// held here, and so many if it is elsewhere. It returns whom the claim reached;
+// the phones go into t.
+func (p *publicPath) tryID(ctx context.Context, joins, follow int, t *tally) reach {
 	id := probeID()
 	defer p.keys.revoke(id)
 	claim, at := p.open(ctx, legBinary, id)
+	var echo sync.WaitGroup
+	defer echo.Wait()
 	if claim != nil {
 		defer claim.close()
 		if at.kind == reachStranger {
@@ -145,7 +156,7 @@ func (p *publicPath) tryID(ctx context.Context, joins int, t *tally) reach {
 				return reach{kind: reachNobody, err: err}
 			}
 		} else {
-			go claim.echo() // until claim is closed
+			echo.Go(claim.echo) // until claim is closed
 		}
 	}
 	switch at.kind {
@@ -160,7 +171,7 @@ func (p *publicPath) tryID(ctx context.Context, joins int, t *tally) reach {
 			t.add(r)
 		}
 	case reachOther:
-		for range elsewhereJoins {
+		for range follow {
 			p.rest(ctx)
 			switch r := p.join(ctx, id, nil); {
 			case r.kind == reachMe:

@@ -186,8 +186,8 @@ func (c *wsPeer) write(op byte, p []byte) error {
 	return err
 }
 
-// settled waits until the relay has taken the session on: only then it answers
-// a ping. The 101 alone comes before the claim or the join is made.
+// settled waits for the relay's answer to a ping: where it refuses a session, a
+// close frame is behind the 101, and comes in its place.
 func (c *wsPeer) settled() error {
 	if err := c.write(opPing, nil); err != nil {
 		return c.lost(err)
