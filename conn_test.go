@@ -26,6 +26,7 @@ func header64(b0 byte, n uint64) []byte {
 }
 
 func TestFrameRulesAreEnforced(t *testing.T) {
+	t.Parallel()
 	type violation struct {
 		name   string
 		raw    []byte
@@ -88,6 +89,7 @@ func TestFrameRulesAreEnforced(t *testing.T) {
 }
 
 func TestMessagesAreAssembled(t *testing.T) {
+	t.Parallel()
 	tests := []struct {
 		name      string
 		fragments []string
@@ -137,6 +139,7 @@ func (c *wsClient) wantPong(payload []byte) {
 }
 
 func TestPingsAreAnswered(t *testing.T) {
+	t.Parallel()
 	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, l leg) {
 		ln := r.lane(l)
 		for n := range maxControl + 1 {
@@ -153,6 +156,7 @@ func TestPingsAreAnswered(t *testing.T) {
 }
 
 func TestLargestMessage(t *testing.T) {
+	t.Parallel()
 	const limit = 262144
 	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, l leg) {
 		ln := r.lane(l)
@@ -191,6 +195,7 @@ func TestLargestMessage(t *testing.T) {
 }
 
 func TestAnnouncedBytesAreNotAllocated(t *testing.T) {
+	t.Parallel()
 	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, l leg) {
 		ln := r.lane(l)
 		ln.from.raw(append(header64(0x81, 262144), make([]byte, 100)...))
@@ -202,6 +207,7 @@ func TestAnnouncedBytesAreNotAllocated(t *testing.T) {
 }
 
 func TestDribbledBytes(t *testing.T) {
+	t.Parallel()
 	o := testOptions()
 	stream := func(ln lane) []byte {
 		m := ln.message(`"` + strings.Repeat("ä", 200) + `"`)
@@ -229,7 +235,12 @@ func TestDribbledBytes(t *testing.T) {
 				scenario(t, r, l)
 				ln := r.lane(l)
 				payload := `"` + strings.Repeat("b", 70000) + `"`
-				for _, x := range clientFrame(last, opText, ln.message(payload)) {
+				raw := clientFrame(last, opText, ln.message(payload))
+				for _, x := range raw[:400] {
+					ln.from.raw([]byte{x})
+				}
+				ln.from.raw(raw[400 : len(raw)-400])
+				for _, x := range raw[len(raw)-400:] {
 					ln.from.raw([]byte{x})
 				}
 				ln.wants(payload)
@@ -239,6 +250,7 @@ func TestDribbledBytes(t *testing.T) {
 }
 
 func TestPeersCloseIsAnswered(t *testing.T) {
+	t.Parallel()
 	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, l leg) {
 		for _, payload := range [][]byte{
 			nil,
@@ -270,6 +282,7 @@ func TestPeersCloseIsAnswered(t *testing.T) {
 // Whatever was sent before a peer ended its direction counts, whether it said
 // goodbye or not.
 func TestFramesBeforeAHalfClose(t *testing.T) {
+	t.Parallel()
 	const n = 1000
 	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, l leg) {
 		for _, bye := range [][]byte{nil, clientFrame(last, opClose, closePayload(1000, ""))} {

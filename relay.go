@@ -272,6 +272,10 @@ func (r *relay) refuse(w http.ResponseWriter, l leg, who caller, f *refusal) {
 	if f.header[0] != "" {
 		w.Header().Set(f.header[0], f.header[1])
 	}
+	if f.status == http.StatusUpgradeRequired { // it names all that is wanted (RFC 9110 §15.5.22)
+		w.Header().Set("Upgrade", "websocket")
+		w.Header().Set("Sec-WebSocket-Version", "13")
+	}
 	// Whoever asks through the public name learns who refused.
 	maps.Copy(w.Header(), r.greeting)
 	http.Error(w, f.text, f.status)

@@ -170,6 +170,7 @@ func (l lane) wants(payload string) {
 func onLegs(t *testing.T, o options, scenario func(t *testing.T, r *testRelay, l leg)) {
 	for _, l := range []leg{legPhone, legBinary} {
 		t.Run(l.String(), func(t *testing.T) {
+			t.Parallel()
 			onEach(t, o, func(t *testing.T, r *testRelay) { scenario(t, r, l) })
 		})
 	}
