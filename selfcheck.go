@@ -105,14 +105,14 @@ func lockInstance(addr string, info lockInfo) (*instanceLock, error) {
 
 // askHolder asks whoever holds addr who it is. gone: it has let go, as it seems.
 func askHolder(addr string) (held *heldError, gone bool) {
-	held = &heldError{addr: addr, heard: "it takes no connections"}
+	held = &heldError{addr: addr}
+	var b []byte
 	nc, err := net.DialTimeout("tcp", addr, lockAnswerTime)
-	if err != nil {
-		return held, errors.Is(err, syscall.ECONNREFUSED)
+	if err == nil {
+		defer nc.Close()
+		nc.SetDeadline(time.Now().Add(lockAnswerTime))
+		b, err = io.ReadAll(io.LimitReader(nc, maxLockAnswer))
 	}
-	defer nc.Close()
-	nc.SetDeadline(time.Now().Add(lockAnswerTime))
-	b, err := io.ReadAll(io.LimitReader(nc, maxLockAnswer))
 	var info lockInfo
 	switch {
 	case json.Unmarshal(b, &info) == nil && info.Program == programName:
@@ -121,7 +121,10 @@ func askHolder(addr string) (held *heldError, gone bool) {
 		held.heard = fmt.Sprintf("it says %.60q", strings.TrimSpace(string(b)))
 	case err == nil:
 		held.heard = "it closes the connection"
-	case errors.Is(err, syscall.ECONNRESET):
+	case errors.Is(err, syscall.ECONNREFUSED):
+		held.heard = "it takes no connections"
+		return held, true
+	case errors.Is(err, syscall.ECONNRESET): // even while dialing
 		held.heard = "it resets the connection"
 		return held, true
 	default:

@@ -1,0 +1,440 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"regexp"
+	"runtime"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+)
+
+// The program as a process: what it says when it starts, how it is stopped, the
+// exit codes.
+
+// runVariable makes the test binary the program itself, so that a test of a
+// process runs the code under test, race detector and all.
+const runVariable = "PYRYCODE_RELAY_TEST_RUN"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(runVariable) == "1" {
+		main()
+	}
+	m.Run()
+}
+
+// program is a process of the relay that dies with its test.
+type program struct {
+	t              testing.TB
+	cmd            *exec.Cmd
+	stdout, stderr logBuffer
+	done           chan struct{}
+
+	addr, admin string // set by listening
+}
+
+// startProgram starts the relay on ports of the kernel's choice. env is of the
+// form NAME=value and like args overrides that; nothing is inherited.
+func startProgram(t testing.TB, env []string, args ...string) *program {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return startCommand(t, exec.Command(self, args...), env)
+}
+
+func startCommand(t testing.TB, cmd *exec.Cmd, env []string) *program {
+	t.Helper()
+	p := &program{t: t, cmd: cmd, done: make(chan struct{})}
+	cmd.Env = append([]string{
+		runVariable + "=1",
+		"GORACE=atexit_sleep_ms=10", // a second by default, of which some tests would see hundreds
+		"PYRYCODE_RELAY_LISTEN=127.0.0.1:0", "PYRYCODE_RELAY_ADMIN=127.0.0.1:0", "PYRYCODE_RELAY_INSTANCE_LOCK=" + freeLock(t),
+	}, env...)
+	cmd.Stdout, cmd.Stderr = &p.stdout, &p.stderr
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	go func() {
+		defer close(p.done)
+		cmd.Wait()
+	}()
+	t.Cleanup(func() {
+		cmd.Process.Kill()
+		<-p.done
+		if t.Failed() {
+			t.Logf("%s said:\n%s", cmd, p.stderr.String())
+		}
+	})
+	return p
+}
+
+// freeLock is an -instance-lock that nobody has. Where all of 127.0.0.0/8 is
+// loopback each gets a host of its own, since the kernel may give the same port
+// to another test in the moment between the two.
+func freeLock(t testing.TB) string {
+	t.Helper()
+	host := "127.0.0.1"
+	if runtime.GOOS == "linux" {
+		host = fmt.Sprintf("127.%d.%d.%d", 1+rand.IntN(254), rand.IntN(256), 1+rand.IntN(254))
+	}
+	ln, err := net.Listen("tcp", host+":0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ln.Close()
+	return ln.Addr().String()
+}
+
+var listeningLine = regexp.MustCompile(`msg=listening addr=(\S+) admin=(\S+)`)
+
+// listening waits until the relay serves, and returns it.
+func (p *program) listening() *program {
+	p.t.Helper()
+	eventually(p.t, "the program listens", func() bool {
+		select {
+		case <-p.done:
+			p.t.Fatalf("the program ended with %d:\n%s", p.cmd.ProcessState.ExitCode(), p.stderr.String())
+		default:
+		}
+		m := listeningLine.FindStringSubmatch(p.stderr.String())
+		if m != nil {
+			p.addr, p.admin = m[1], m[2]
+		}
+		return m != nil
+	})
+	return p
+}
+
+func (p *program) signal(s os.Signal) {
+	p.t.Helper()
+	if err := p.cmd.Process.Signal(s); err != nil {
+		p.t.Fatal(err)
+	}
+}
+
+// said waits for a line in the log.
+func (p *program) said(what string) {
+	p.t.Helper()
+	eventually(p.t, "the program says "+what, func() bool { return strings.Contains(p.stderr.String(), what) })
+}
+
+// exit waits for the end and returns the exit code.
+func (p *program) exit() int {
+	p.t.Helper()
+	select {
+	case <-p.done:
+	case <-time.After(patience):
+		p.t.Fatalf("the program has not ended within %v", patience)
+	}
+	return p.cmd.ProcessState.ExitCode()
+}
+
+// wantRefusal waits for the end, which has to be a start that failed with this
+// code and one line with all of these words.
+func (p *program) wantRefusal(code int, words ...string) {
+	p.t.Helper()
+	if got := p.exit(); got != code {
+		p.t.Errorf("exit code %d, want %d", got, code)
+	}
+	wantRefusal(p.t, p.stderr.String(), words...)
+}
+
+func wantRefusal(t testing.TB, stderr string, words ...string) {
+	t.Helper()
+	line, rest, _ := strings.Cut(stderr, "\n")
+	if rest != "" || !strings.HasPrefix(line, "pyrycode-relay: refusing to start: ") {
+		t.Errorf("stderr is not one line that says why:\n%s", stderr)
+	}
+	for _, w := range words {
+		if !strings.Contains(line, w) {
+			t.Errorf("%q is not in: %s", w, line)
+		}
+	}
+}
+
+// connect upgrades a connection to the program.
+func (p *program) connect(path string, h http.Header) *wsClient {
+	p.t.Helper()
+	nc, err := net.Dial("tcp", p.addr)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.t.Cleanup(func() { nc.Close() })
+	c, resp, err := handshake(p.t, nc, path, h)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	if c == nil {
+		p.t.Fatalf("upgrade of %s: %s", path, resp.Status)
+	}
+	return c
+}
+
+// get fetches a page and returns its body.
+func get(t testing.TB, url string) (status int, body string) {
+	t.Helper()
+	resp, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(b)
+}
+
+// runOnce calls run in this process, for what ends before anything is opened.
+func runOnce(env map[string]string, args ...string) (code int, stdout, stderr string) {
+	var out, errOut bytes.Buffer
+	getenv := func(name string) (string, bool) { v, ok := env[name]; return v, ok }
+	code = run(context.Background(), args, getenv, &out, &errOut)
+	return code, out.String(), errOut.String()
+}
+
+func TestStartSaysWhatANewcomerNeeds(t *testing.T) {
+	t.Parallel()
+	lock := freeLock(t)
+	p := startProgram(t, nil, "-instance-lock", lock).listening()
+	p.said("this is the only relay on this host")
+	p.said("try it with: pyrycode-relay probe ws://" + p.addr)
+	p.said("lock=" + lock)
+	if n := strings.Count(p.stderr.String(), "\n"); n != 2 {
+		t.Errorf("%d lines, want 2:\n%s", n, p.stderr.String())
+	}
+	if status, body := get(t, "http://"+p.addr+"/healthz"); status != 200 || !strings.Contains(body, `"status":"ok"`) {
+		t.Errorf("/healthz: %d %s", status, body)
+	}
+	if status, body := get(t, "http://"+p.admin+"/metrics"); status != 200 || !strings.Contains(body, "pyrycode_relay_connected_binaries 0\n") {
+		t.Errorf("/metrics: %d %s", status, body)
+	}
+}
+
+func TestSignalsStopWithExitZero(t *testing.T) {
+	t.Parallel()
+	for _, s := range []os.Signal{syscall.SIGTERM, os.Interrupt} {
+		t.Run(s.String(), func(t *testing.T) {
+			t.Parallel()
+			p := startProgram(t, nil).listening()
+			b := p.connect("/v2/server", binaryHeaders("s"))
+			ph := p.connect("/v2/client", phoneHeaders("s"))
+			connID := ph.greet(b)
+			p.signal(s)
+			ph.wantEnd(1001, "shutting down")
+			b.wantNotice(connID, 1001)
+			b.wantEnd(1001, "shutting down")
+			if code := p.exit(); code != 0 {
+				t.Errorf("exit code %d, want 0", code)
+			}
+			p.said("msg=stopped")
+		})
+	}
+}
+
+func TestSecondSignalEndsAtOnce(t *testing.T) {
+	t.Parallel()
+	lock := freeLock(t)
+	p := startProgram(t, nil, "-drain", "1h", "-instance-lock", lock).listening()
+	p.connect("/v2/server", binaryHeaders("s")) // never answers the close frame
+	asker, err := net.Dial("tcp", lock)         // never hangs up
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer asker.Close()
+	p.signal(syscall.SIGTERM)
+	p.said("a second signal stops at once")
+	p.signal(syscall.SIGTERM)
+	if code := p.exit(); code != 1 {
+		t.Errorf("exit code %d, want 1", code)
+	}
+	p.said("stopped at once by a second signal")
+}
+
+// A load balancer asks over a connection that it keeps alive; a new one is not
+// accepted any more.
+func TestNotReadyWhileDraining(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, nil, "-drain", "1h").listening()
+	p.connect("/v2/server", binaryHeaders("s")) // never answers, so that the drain lasts
+	var client http.Client
+	ready := func(path string) int {
+		resp, err := client.Get("http://" + p.addr + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer resp.Body.Close()
+		io.Copy(io.Discard, resp.Body)
+		return resp.StatusCode
+	}
+	if status := ready("/readyz"); status != 200 {
+		t.Fatalf("/readyz before: %d, want 200", status)
+	}
+	p.signal(syscall.SIGTERM)
+	eventually(t, "the listener is closed", func() bool {
+		nc, err := net.Dial("tcp", p.addr)
+		if err == nil {
+			nc.Close()
+		}
+		return errors.Is(err, syscall.ECONNREFUSED)
+	})
+	for _, path := range []string{"/readyz", "/v2/server"} {
+		if status := ready(path); status != 503 {
+			t.Errorf("%s while draining: %d, want 503", path, status)
+		}
+	}
+}
+
+func TestPortInUse(t *testing.T) {
+	t.Parallel()
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { ln.Close() })
+	addr := ln.Addr().String()
+	for _, name := range []string{"-listen", "-admin"} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			startProgram(t, nil, name, addr).wantRefusal(1, name+" "+addr+" is in use")
+		})
+	}
+	t.Run("json log", func(t *testing.T) {
+		t.Parallel()
+		startProgram(t, nil, "-listen", addr, "-log-format", "json").wantRefusal(1, "-listen "+addr)
+	})
+	t.Run("address of another host", func(t *testing.T) {
+		t.Parallel()
+		startProgram(t, nil, "-listen", "192.0.2.1:0").wantRefusal(1, "-listen 192.0.2.1:0")
+	})
+}
+
+func TestFileLimitBelowConnections(t *testing.T) {
+	t.Parallel()
+	if _, ok := fileLimit(); !ok {
+		t.Skip("this system tells no file limit")
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	limited := func(args ...string) *program {
+		return startCommand(t, exec.Command("sh", append([]string{"-c", `ulimit -n 100; exec "$0" "$@"`, self}, args...)...), nil).listening()
+	}
+	p := limited()
+	p.said("level=WARN")
+	p.said("file_limit=100 max_connections=4096")
+	p = limited("-max-connections", "36") // and 64 others
+	if strings.Contains(p.stderr.String(), "WARN") {
+		t.Errorf("a warning without a reason:\n%s", p.stderr.String())
+	}
+}
+
+func TestJSONLog(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, nil, "-log-format", "json")
+	p.said(`"msg":"listening"`)
+	p.signal(syscall.SIGTERM)
+	if code := p.exit(); code != 0 {
+		t.Errorf("exit code %d, want 0", code)
+	}
+	for line := range strings.Lines(p.stderr.String()) {
+		var entry struct{ Time, Level, Msg string }
+		if err := json.Unmarshal([]byte(line), &entry); err != nil || entry.Level != "INFO" || entry.Msg == "" {
+			t.Errorf("%v: %s", err, line)
+		}
+	}
+}
+
+func TestLogLevel(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, nil, "-log-level", "error", "-listen", freeLock(t))
+	eventually(t, "it serves", func() bool {
+		return holderOf(p) != nil
+	})
+	p.signal(syscall.SIGTERM)
+	if code := p.exit(); code != 0 {
+		t.Errorf("exit code %d, want 0", code)
+	}
+	if s := p.stderr.String(); s != "" {
+		t.Errorf("at level error a relay that is well says:\n%s", s)
+	}
+}
+
+func TestAdminOff(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, nil, "-admin", "off").listening()
+	if p.admin != "off" {
+		t.Errorf("admin is %q in the log, want off", p.admin)
+	}
+	// The public listener does not stand in for it.
+	if status, _ := get(t, "http://"+p.addr+"/metrics"); status != 404 {
+		t.Errorf("/metrics on the public listener: %d, want 404", status)
+	}
+}
+
+func TestAdminAny(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, nil, "-admin", ":0", "-admin-any").listening()
+	_, port, err := net.SplitHostPort(p.admin)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if status, _ := get(t, "http://127.0.0.1:"+port+"/metrics"); status != 200 {
+		t.Errorf("/metrics: %d, want 200", status)
+	}
+}
+
+// The admin listener has nothing but what it is for.
+func TestAdminPaths(t *testing.T) {
+	t.Parallel()
+	p := startProgram(t, nil).listening()
+	for path, want := range map[string]int{"/metrics": 200, "/": 404, "/v2/server": 404, "/debug/pprof/": 404} {
+		if status, _ := get(t, "http://"+p.admin+path); status != want {
+			t.Errorf("%s: %d, want %d", path, status, want)
+		}
+	}
+	resp, err := http.Post("http://"+p.admin+"/metrics", "", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != 405 {
+		t.Errorf("POST /metrics: %d, want 405", resp.StatusCode)
+	}
+}
+
+func TestVersionCommand(t *testing.T) {
+	t.Parallel()
+	code, stdout, stderr := runOnce(nil, "version")
+	if code != 0 || stderr != "" {
+		t.Errorf("exit code %d, stderr %q", code, stderr)
+	}
+	if want := regexp.MustCompile(`^pyrycode-relay \S+, revision \S+, ` + regexp.QuoteMeta(runtime.Version()) + `\n$`); !want.MatchString(stdout) {
+		t.Errorf("got %q, want it to match %s", stdout, want)
+	}
+}
+
+func TestUnknownCommand(t *testing.T) {
+	t.Parallel()
+	for _, args := range [][]string{{"serve"}, {"-grace", "1s", "serve"}} {
+		code, _, stderr := runOnce(nil, args...)
+		if code != 2 {
+			t.Errorf("%q: exit code %d, want 2", args, code)
+		}
+		wantRefusal(t, stderr, `unknown command "serve"`, "version and probe", "-h")
+	}
+}
