@@ -127,6 +127,9 @@ type batch struct {
 	now   int64 // relay clock
 	dirty []*conn
 	views [8][]byte
+	// front is a frame's header and the envelope's head, which fit: a conn_id has
+	// at most 64 bytes. It is here because views would move it to the heap.
+	front [maxSendHeader + 128]byte
 
 	upFrames, downFrames, upBytes, downBytes int64
 }

@@ -28,9 +28,7 @@ func (c *conn) push(t *batch, limit int, head, payload, tail []byte) closeReason
 		return endNone
 	}
 	n := len(head) + len(payload) + len(tail)
-	// Header and head fit: a conn_id has at most 64 bytes.
-	var room [maxSendHeader + 128]byte
-	front := append(appendFrameHeader(room[:0], opText, n), head...)
+	front := append(appendFrameHeader(t.front[:0], opText, n), head...)
 	if size := len(front) + len(payload) + len(tail); limit > 0 && c.out.n+size > limit {
 		c.flush(t)
 		if c.out.n+size > limit {
