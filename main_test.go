@@ -183,8 +183,8 @@ func (p *program) connect(path string, h http.Header) *wsClient {
 	return c
 }
 
-// get fetches a page and returns its body.
-func get(t testing.TB, url string) (status int, body string) {
+// fetch gets a page and returns its body.
+func fetch(t testing.TB, url string) (status int, body string) {
 	t.Helper()
 	resp, err := http.Get(url)
 	if err != nil {
@@ -216,10 +216,10 @@ func TestStartSaysWhatANewcomerNeeds(t *testing.T) {
 	if n := strings.Count(p.stderr.String(), "\n"); n != 2 {
 		t.Errorf("%d lines, want 2:\n%s", n, p.stderr.String())
 	}
-	if status, body := get(t, "http://"+p.addr+"/healthz"); status != 200 || !strings.Contains(body, `"status":"ok"`) {
+	if status, body := fetch(t, "http://"+p.addr+"/healthz"); status != 200 || !strings.Contains(body, `"status":"ok"`) {
 		t.Errorf("/healthz: %d %s", status, body)
 	}
-	if status, body := get(t, "http://"+p.admin+"/metrics"); status != 200 || !strings.Contains(body, "pyrycode_relay_connected_binaries 0\n") {
+	if status, body := fetch(t, "http://"+p.admin+"/metrics"); status != 200 || !strings.Contains(body, "pyrycode_relay_connected_binaries 0\n") {
 		t.Errorf("/metrics: %d %s", status, body)
 	}
 }
@@ -381,7 +381,7 @@ func TestAdminOff(t *testing.T) {
 		t.Errorf("admin is %q in the log, want off", p.admin)
 	}
 	// The public listener does not stand in for it.
-	if status, _ := get(t, "http://"+p.addr+"/metrics"); status != 404 {
+	if status, _ := fetch(t, "http://"+p.addr+"/metrics"); status != 404 {
 		t.Errorf("/metrics on the public listener: %d, want 404", status)
 	}
 }
@@ -393,7 +393,7 @@ func TestAdminAny(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if status, _ := get(t, "http://127.0.0.1:"+port+"/metrics"); status != 200 {
+	if status, _ := fetch(t, "http://127.0.0.1:"+port+"/metrics"); status != 200 {
 		t.Errorf("/metrics: %d, want 200", status)
 	}
 }
@@ -403,7 +403,7 @@ func TestAdminPaths(t *testing.T) {
 	t.Parallel()
 	p := startProgram(t, nil).listening()
 	for path, want := range map[string]int{"/metrics": 200, "/": 404, "/v2/server": 404, "/debug/pprof/": 404} {
-		if status, _ := get(t, "http://"+p.admin+path); status != want {
+		if status, _ := fetch(t, "http://"+p.admin+path); status != want {
 			t.Errorf("%s: %d, want %d", path, status, want)
 		}
 	}

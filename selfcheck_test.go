@@ -51,7 +51,7 @@ func TestSecondRelayIsRefused(t *testing.T) {
 	for _, args := range [][]string{{"-listen", first.addr}, {"-listen", "127.0.0.1:0", "-admin", "off"}, {"-log-format", "json"}} {
 		startProgram(t, withLock(lock), args...).wantRefusal(2, words...)
 	}
-	if status, _ := get(t, "http://"+first.addr+"/healthz"); status != 200 {
+	if status, _ := fetch(t, "http://"+first.addr+"/healthz"); status != 200 {
 		t.Errorf("the first relay answers %d afterwards, want 200", status)
 	}
 }
@@ -80,7 +80,7 @@ func TestHolderSaysWhoItIs(t *testing.T) {
 	if err := json.Unmarshal([]byte(line), &got); err != nil {
 		t.Fatal(err)
 	}
-	_, health := get(t, "http://"+p.addr+"/healthz")
+	_, health := fetch(t, "http://"+p.addr+"/healthz")
 	var public struct{ Version, Instance string }
 	if err := json.Unmarshal([]byte(health), &public); err != nil {
 		t.Fatal(err)
@@ -329,7 +329,7 @@ const verdictBypassed = `pyrycode_relay_instance_check{check="host",verdict="byp
 func TestBypassRunsBesideAnother(t *testing.T) {
 	t.Parallel()
 	first := startProgram(t, nil).listening()
-	if _, text := get(t, "http://"+first.admin+"/metrics"); !strings.Contains(text, verdictBypassed+"0\n") {
+	if _, text := fetch(t, "http://"+first.admin+"/metrics"); !strings.Contains(text, verdictBypassed+"0\n") {
 		t.Error("the first relay's metrics do not say that nothing was bypassed")
 	}
 	second := startProgram(t, withLock(lockOf(first), bypassName+"=1")).listening()
@@ -339,11 +339,11 @@ func TestBypassRunsBesideAnother(t *testing.T) {
 	if strings.Contains(second.stderr.String(), "the only relay") {
 		t.Errorf("it claims to be alone:\n%s", second.stderr.String())
 	}
-	if _, text := get(t, "http://"+second.admin+"/metrics"); !strings.Contains(text, verdictBypassed+"1\n") {
+	if _, text := fetch(t, "http://"+second.admin+"/metrics"); !strings.Contains(text, verdictBypassed+"1\n") {
 		t.Error("the second relay's metrics do not say bypassed")
 	}
 	for _, p := range []*program{first, second} {
-		if status, _ := get(t, "http://"+p.addr+"/readyz"); status != 200 {
+		if status, _ := fetch(t, "http://"+p.addr+"/readyz"); status != 200 {
 			t.Errorf("pid %d answers %d, want 200", p.cmd.Process.Pid, status)
 		}
 	}
