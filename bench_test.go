@@ -1,0 +1,287 @@
+package main
+
+import (
+	"encoding/json"
+	"fmt"
+	"strconv"
+	"strings"
+	"sync/atomic"
+	"testing"
+)
+
+// Where it tells something, the same work done the usual way stands beside it
+// in the same run: naive code, or encoding/json.
+
+// ---- frames ----
+
+var frameSink frameHeader
+
+// BenchmarkFrameRead is a header and the unmasking of its payload.
+func BenchmarkFrameRead(b *testing.B) {
+	for _, n := range costSizes {
+		f := clientFrame(0x80, opText, make([]byte, n))
+		b.Run(fmt.Sprintf("%d/relay", n), func(b *testing.B) {
+			b.SetBytes(int64(n))
+			for b.Loop() {
+				h, _ := parseFrameHeader(f)
+				unmask(f[h.size:], h.key)
+				frameSink = h
+			}
+		})
+		b.Run(fmt.Sprintf("%d/bytewise", n), func(b *testing.B) {
+			b.SetBytes(int64(n))
+			for b.Loop() {
+				h, _ := parseFrameHeader(f)
+				unmaskNaive(f[h.size:], [4]byte(f[h.size-4:]))
+				frameSink = h
+			}
+		})
+	}
+}
+
+// BenchmarkFrameWrite is a message to one peer, queued and flushed to a socket
+// that costs nothing.
+func BenchmarkFrameWrite(b *testing.B) {
+	r := startRelay(b, testOptions())
+	_, _, ph, ps, t := memPair(b, r.relay)
+	ps.discard = true
+	for _, n := range costSizes {
+		p := make([]byte, n)
+		b.Run(strconv.Itoa(n), func(b *testing.B) {
+			b.SetBytes(int64(n))
+			b.ReportAllocs()
+			for b.Loop() {
+				ph.mu.Lock()
+				ph.push(t, 0, nil, p, nil)
+				ph.mu.Unlock()
+				t.flush()
+			}
+		})
+	}
+}
+
+// BenchmarkFrameForward is all of a frame's way but the system calls: from the
+// bytes of one socket to those of another, with what is checked in between.
+func BenchmarkFrameForward(b *testing.B) {
+	r := startRelay(b, testOptions())
+	bin, bs, ph, ps, t := memPair(b, r.relay)
+	bs.discard, ps.discard = true, true
+	for _, n := range costSizes {
+		up, down := costMessages(n, ph.id)
+		for _, c := range []struct {
+			name  string
+			from  *conn
+			frame []byte
+		}{{"up", &ph.conn, up}, {"down", &bin.conn, down}} {
+			b.Run(fmt.Sprintf("%s/%d", c.name, n), func(b *testing.B) {
+				read := make([]byte, len(c.frame))
+				b.SetBytes(int64(n))
+				b.ReportAllocs()
+				for b.Loop() {
+					copy(read, c.frame)
+					c.from.feed(t, read)
+					t.flush()
+				}
+			})
+		}
+	}
+}
+
+// ---- envelopes ----
+
+// benchPayloads are a phone's messages by content. The first is the typical one.
+func benchPayloads() []struct{ name, json string } {
+	return []struct{ name, json string }{
+		{"base64-256", `"` + strings.Repeat("q83vEjRW", 32)[:254] + `"`},
+		{"base64-4K", `"` + strings.Repeat("q83vEjRW", 512)[:4094] + `"`},
+		{"base64-87K", `{"noise":"` + strings.Repeat("q83vEjRW", 87<<10>>3) + `"}`},
+		{"escaped-16K", `"` + strings.Repeat(`the \"quick\" brown\nfox \u0041 jumps over `, 16<<10/40) + `"`},
+		{"cyrillic-16K", `"` + strings.Repeat("съешь же ещё этих мягких французских булок ", 16<<10/80) + `"`},
+		{"numbers-16K", `[` + strings.Repeat(`-12.5e3,1024,0,`, 16<<10/15) + `1]`},
+		{"nested-16K", `[` + strings.Repeat(`{"id":17,"tags":["a","b",{"x":null}],"ok":true},`, 16<<10/48) + `0]`},
+	}
+}
+
+// BenchmarkEnvelopeSplice is a phone's message on its way into the envelope.
+func BenchmarkEnvelopeSplice(b *testing.B) {
+	for _, p := range benchPayloads() {
+		payload := []byte(p.json)
+		var out []byte
+		b.Run(p.name+"/relay", func(b *testing.B) {
+			b.SetBytes(int64(len(payload)))
+			b.ReportAllocs()
+			for b.Loop() {
+				if checkJSON(payload, maxPhoneDepth) != jsonOK {
+					b.Fatal("refused")
+				}
+				out = append(append(appendEnvelopeHead(out[:0], "AAAAAAAAAAAAAAAAAAAAAA"), payload...), envelopeTail...)
+			}
+		})
+		b.Run(p.name+"/encoding-json", func(b *testing.B) {
+			b.SetBytes(int64(len(payload)))
+			b.ReportAllocs()
+			for b.Loop() {
+				var err error
+				if out, err = json.Marshal(wireEnvelope{ConnID: "AAAAAAAAAAAAAAAAAAAAAA", Frame: payload}); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkEnvelopeScan is an envelope of a binary on its way to a phone.
+func BenchmarkEnvelopeScan(b *testing.B) {
+	for _, p := range benchPayloads() {
+		message := []byte(`{"conn_id":"AAAAAAAAAAAAAAAAAAAAAA","frame":` + p.json + `}`)
+		b.Run(p.name+"/relay", func(b *testing.B) {
+			b.SetBytes(int64(len(message)))
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, _, drop := parseEnvelope(message); drop != dropNone {
+					b.Fatal(drop)
+				}
+			}
+		})
+		b.Run(p.name+"/encoding-json", func(b *testing.B) {
+			b.SetBytes(int64(len(message)))
+			b.ReportAllocs()
+			for b.Loop() {
+				var e wireEnvelope
+				if err := json.Unmarshal(message, &e); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// ---- registry ----
+
+// BenchmarkRegistry is one operation while so many server-ids are held, each
+// with a phone. It should not depend on how many.
+func BenchmarkRegistry(b *testing.B) {
+	for _, n := range []int{1, 1000, 100_000} {
+		b.Run(strconv.Itoa(n), func(b *testing.B) { benchRegistry(b, n) })
+	}
+}
+
+func benchRegistry(b *testing.B, n int) {
+	o := testOptions()
+	o.maxConnections = 4*n + 1000
+	o.maxPhones = 1000
+	r := startRelay(b, o)
+	t := r.batch()
+	ids := make([]string, n)
+	phones := make([]*phoneLeg, n)
+	var all []*conn
+	for i := range ids {
+		ids[i] = "standing-" + strconv.Itoa(i)
+		leg, m := memBinary(b, r.relay, ids[i])
+		m.discard = true
+		ph, m := memPhone(b, r.relay, ids[i], "standing")
+		m.discard = true
+		phones[i] = ph
+		all = append(all, &ph.conn, &leg.conn)
+	}
+	b.Cleanup(func() {
+		for _, c := range all {
+			c.release(t)
+		}
+		t.flush()
+	})
+	var worker atomic.Int64
+
+	// A claim that is taken and given up, by a binary that comes and goes.
+	b.Run("claim+release", func(b *testing.B) {
+		b.ReportAllocs()
+		b.RunParallel(func(pb *testing.PB) {
+			id := "worker-" + strconv.FormatInt(worker.Add(1), 10)
+			t := r.batch()
+			for pb.Next() {
+				leg := &binaryLeg{id: "worker"}
+				leg.init(r.relay, leg, memAddr)
+				leg.sock = &memSocket{discard: true}
+				if refused := r.registry.claim(leg, id, false); refused != endNone {
+					b.Errorf("claim: %s", refused)
+					return
+				}
+				r.registry.release(t, leg)
+			}
+		})
+	})
+	// A phone that joins one of the standing server-ids and leaves again.
+	b.Run("join+leave", func(b *testing.B) {
+		b.ReportAllocs()
+		b.RunParallel(func(pb *testing.PB) {
+			me := int(worker.Add(1))
+			ph := &phoneLeg{id: "worker-" + strconv.Itoa(me)}
+			ph.init(r.relay, ph, memAddr)
+			ph.sock = &memSocket{discard: true}
+			t := r.batch()
+			for i := me * 7919; pb.Next(); i += 7919 {
+				if refused, text := r.registry.join(ph, ids[i%n]); refused != endNone {
+					b.Errorf("join: %s", text)
+					return
+				}
+				r.registry.leave(t, ph, 1000)
+				t.flush()
+			}
+		})
+	})
+	// What each envelope of a binary asks for: its phone by conn_id.
+	b.Run("lookup", func(b *testing.B) {
+		b.ReportAllocs()
+		b.RunParallel(func(pb *testing.PB) {
+			connID := []byte("standing")
+			for i := int(worker.Add(1)) * 7919; pb.Next(); i += 7919 {
+				e := phones[i%n].server
+				e.mu.Lock()
+				if e.phones[string(connID)] != phones[i%n] {
+					b.Error("another phone was found")
+				}
+				e.mu.Unlock()
+			}
+		})
+	})
+}
+
+// ---- end to end ----
+
+// BenchmarkRoundTrip is a phone's message to its binary over loopback and the
+// answer back to the phone, clients included.
+func BenchmarkRoundTrip(b *testing.B) {
+	for _, n := range costSizes {
+		b.Run(strconv.Itoa(n), func(b *testing.B) {
+			up, down := pipes(startRelay(b, testOptions()), n, 1)
+			b.SetBytes(2 * int64(n))
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := up.pass(); err != nil {
+					b.Fatal(err)
+				}
+				if err := down.pass(); err != nil {
+					b.Fatal(err)
+				}
+			}
+		})
+	}
+}
+
+// BenchmarkPipelined is 64 KiB of small messages at a time, one direction.
+func BenchmarkPipelined(b *testing.B) {
+	for i, direction := range []string{"up", "down"} {
+		b.Run(direction, func(b *testing.B) {
+			const count = 200
+			up, down := pipes(startRelay(b, testOptions()), 256, count)
+			p := []*pipe{up, down}[i]
+			b.ReportAllocs()
+			for b.Loop() {
+				if err := p.pass(); err != nil {
+					b.Fatal(err)
+				}
+			}
+			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*count), "ns/frame")
+		})
+	}
+}
