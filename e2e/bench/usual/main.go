@@ -28,7 +28,7 @@ const (
 	closeTimeout = 5 * time.Second
 	// fullTimeout is how long a phone's full queue may hold up its siblings: long
 	// enough for a burst, short enough to cut off a phone that reads nothing.
-	fullTimeout = 100 * time.Millisecond
+	fullTimeout = 300 * time.Millisecond
 )
 
 // envelope is what the binary's leg carries, in both directions.
@@ -220,18 +220,15 @@ func (p *peer) tryQueue(message []byte) bool {
 	select {
 	case p.send <- message:
 		return true
-	case <-p.done:
-		return true
-	default:
+	default: // only a full queue is worth a timer
 	}
 	select {
 	case p.send <- message:
-		return true
 	case <-p.done:
-		return true
 	case <-time.After(fullTimeout):
 		return false
 	}
+	return true
 }
 
 // write is the only goroutine that writes messages. It ends with the reader,
