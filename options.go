@@ -375,8 +375,10 @@ func parseRelayURL(s string) (*url.URL, error) {
 		u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "" {
 		return nil, fmt.Errorf("want wss://host or wss://host:port (ws:// without TLS), and no path")
 	}
-	u.Path = ""
-	return u, nil
+	if _, err := strconv.ParseUint(u.Port(), 10, 16); u.Port() != "" && err != nil {
+		return nil, fmt.Errorf("want a port up to 65535")
+	}
+	return &url.URL{Scheme: u.Scheme, Host: u.Host}, nil
 }
 
 func prefixes(p *[]netip.Prefix) setting {
