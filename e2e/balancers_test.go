@@ -2,6 +2,8 @@ package e2e
 
 import (
 	"fmt"
+	"regexp"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -24,6 +26,9 @@ func publicRelay(t testing.TB, env []string, addr, public string) *relayProcess 
 
 // alarm is in the log of a relay that has found another.
 const alarm = "multi-instance deploy detected"
+
+// confirmed is how often, and for how long, the younger relay has seen the older.
+var confirmed = regexp.MustCompile(`seen (\d+) times within (\d+)s`)
 
 // claims is how many times the relay has claimed a server-id on itself through
 // its public name: once a round.
@@ -64,6 +69,7 @@ func (r *relayProcess) wantNoAlarm(rounds int) {
 // TestRoundRobin: both relays find each other, the younger leaves, and phones that
 // were told 4404 reach their binary.
 func TestRoundRobin(t *testing.T) {
+	t.Parallel()
 	for _, b := range balancers {
 		t.Run(b.name, func(t *testing.T) {
 			t.Parallel()
@@ -93,6 +99,14 @@ func TestRoundRobin(t *testing.T) {
 			if out := younger.output(); !strings.Contains(out, "this one ("+younger.instance) || !strings.Contains(out, "relay "+older.instance) {
 				t.Error("the younger does not say which relay is the older")
 			}
+			var rounds, seconds int
+			if m := confirmed.FindStringSubmatch(younger.output()); m != nil {
+				rounds, _ = strconv.Atoi(m[1])
+				seconds, _ = strconv.Atoi(m[2])
+			}
+			if rounds < 3 || seconds < 2 { // 1500ms, rounded
+				t.Errorf("the younger left after %d rounds and %d seconds", rounds, seconds)
+			}
 			// One round raises a suspicion, the next one the alarm. That chance brings
 			// each phone of a round to its own relay may happen once.
 			for _, r := range []*relayProcess{older, younger} {
@@ -115,6 +129,7 @@ func TestRoundRobin(t *testing.T) {
 
 // TestNoFalseAlarm: what looks like two relays, or is for a moment, and harms nobody.
 func TestNoFalseAlarm(t *testing.T) {
+	t.Parallel()
 	env := pace("200ms", "1s", "3s") // the first round is a second away: both have started
 	for _, b := range balancers {
 		t.Run(b.name+"/sticky by server-id", func(t *testing.T) {
@@ -164,6 +179,7 @@ func TestNoFalseAlarm(t *testing.T) {
 // one is gone its server-ids move to the other, and when it is back they move
 // home without the binaries that have claimed them meanwhile.
 func TestStickyFailover(t *testing.T) {
+	t.Parallel()
 	for _, b := range balancers {
 		t.Run(b.name, func(t *testing.T) {
 			t.Parallel()

@@ -149,6 +149,7 @@ var scenarios = []scenario{
 // TestClients: each library as a phone of the daemon's own, and as a binary whose
 // phone, like the app, offers permessage-deflate.
 func TestClients(t *testing.T) {
+	t.Parallel()
 	r := startRelay(t)
 	for _, l := range []library{coderLibrary, gorillaLibrary, wsLibrary} {
 		for role, libraries := range map[string][2]library{"phone": {l, coderLibrary}, "binary": {wsLibrary, l}} {

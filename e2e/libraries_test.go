@@ -162,6 +162,8 @@ func (w gorillaWire) drop() { w.c.Close() }
 
 // node is the one process that runs ws.js.
 type node struct {
+	gone chan struct{} // closed when it has ended
+
 	mu    sync.Mutex // guards what follows
 	in    io.Writer
 	last  int
@@ -192,12 +194,13 @@ var startNode = sync.OnceValues(func() (*node, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("starting ws.js: %w", err)
 	}
-	n := &node{in: in, sinks: map[int]func(nodeEvent){}}
+	n := &node{gone: make(chan struct{}), in: in, sinks: map[int]func(nodeEvent){}}
 	go n.read(out)
 	return n, nil
 })
 
 func (n *node) read(out io.Reader) {
+	defer close(n.gone)
 	lines := bufio.NewScanner(out)
 	lines.Buffer(nil, 2*readLimit)
 	for lines.Scan() {
@@ -268,6 +271,8 @@ func dialNode(url string, header http.Header, sink func(event)) (wire, error) {
 	select {
 	case err = <-opened:
 		return w, err
+	case <-n.gone:
+		return nil, errors.New("ws.js has ended: is npm ci done?")
 	case <-time.After(patience):
 		return nil, fmt.Errorf("ws did not open within %v", patience)
 	}

@@ -74,6 +74,7 @@ func probe(t *testing.T, env []string, args ...string) (code int, steps map[stri
 
 // TestProbe: each fault has a verdict and a remedy of its own.
 func TestProbe(t *testing.T) {
+	t.Parallel()
 	for _, test := range []struct {
 		name string
 		// start returns the URL, what else the command is given, and its environment.
