@@ -202,6 +202,9 @@ func (c *conn) frame(t *batch, h frameHeader, p []byte) {
 	unmask(p, h.key)
 	if h.control() {
 		c.control(t, h.op, p)
+		if c.msg == nil {
+			c.since.Store(0) // what may follow begins now
+		}
 		return
 	}
 	switch {

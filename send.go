@@ -174,6 +174,9 @@ func (c *conn) writable(t *batch) {
 		return
 	}
 	c.blocked = 0
+	if c.is(connClosing) && !c.sentClose {
+		c.closeAfter(t.now, c.relay.o.writeTimeout) // slow is not silent
+	}
 	c.flush(t)
 	woken := c.drained()
 	c.mu.Unlock()

@@ -1,0 +1,248 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// What a slow peer costs: itself, and nobody else.
+
+// numbered is a frame of n bytes with a number that can be read back.
+func numbered(i, n int) string {
+	s := fmt.Sprintf(`"%08d`, i)
+	return s + strings.Repeat("x", n-len(s)-1) + `"`
+}
+
+func numberOf(frame string) (i int) {
+	if _, err := fmt.Sscanf(frame, `"%08d`, &i); err != nil {
+		return -1
+	}
+	return i
+}
+
+// A phone stops reading. Its siblings get every frame and its binary every pong,
+// one round trip after the other, until its queue is full; then it is closed
+// behind what it was sent, without a gap.
+func TestStalledPhone(t *testing.T) {
+	t.Parallel()
+	o := testOptions()
+	o.queue = 1 << 20
+	onEach(t, o, func(t *testing.T, r *testRelay) {
+		b, stalled, stalledID := r.pair("stall")
+		stalled.nc.(*net.TCPConn).SetReadBuffer(64 << 10)
+		var siblings []*wsClient
+		var ids []string
+		for range 2 {
+			ph := r.phone("stall")
+			ids = append(ids, ph.greet(b))
+			siblings = append(siblings, ph)
+		}
+		sent, ended := 0, false
+		for ; !ended; sent++ {
+			if sent == 2000 {
+				t.Fatalf("%d frames of 32 KiB, and the queue of 1 MiB is not full", sent)
+			}
+			b.send(stalledID, numbered(sent, 32<<10))
+			for k, ph := range siblings {
+				b.send(ids[k], numbered(sent, 100))
+				if got := numberOf(ph.message()); got != sent {
+					t.Fatalf("sibling got frame %d, want %d", got, sent)
+				}
+			}
+			ping := []byte(fmt.Sprint(sent))
+			b.frame(opPing, ping)
+			for pong := false; !pong; {
+				switch op, p, err := b.next(); {
+				case err != nil:
+					t.Fatal(err)
+				case op == opPong && string(p) == string(ping):
+					pong = true
+				case op == opText && string(p) == fmt.Sprintf(`{"conn_id":%q,"close_code":1011}`, stalledID):
+					ended = true
+				default:
+					t.Fatalf("the binary got opcode %d %q", op, p)
+				}
+			}
+		}
+		got := 0
+		for ; ; got++ {
+			op, p, err := stalled.next()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if op == opClose {
+				if code, _ := parseClose(p); code != 1011 || string(p[2:]) != "phone backlog full" {
+					t.Errorf("closed %d %q, want 1011 phone backlog full", code, p[2:])
+				}
+				break
+			}
+			if op != opText || numberOf(string(p)) != got {
+				t.Fatalf("got opcode %d, %.20q after %d frames", op, p, got)
+			}
+		}
+		// The one that did not fit, and whatever came until the binary was told.
+		if got >= sent {
+			t.Errorf("the phone got %d frames of %d, and its queue was full", got, sent)
+		}
+	})
+}
+
+// Over a pipe nothing but the relay itself holds bytes: the limits are exact.
+func TestQueueLimits(t *testing.T) {
+	t.Parallel()
+	const limit, size = 1 << 20, 4 << 10
+	for _, tt := range []struct {
+		name   string
+		set    func(o *options)
+		reason string
+	}{
+		{"of one phone", func(o *options) { o.queue = limit }, "phone backlog full"},
+		{"of the process", func(o *options) { o.queueTotal = limit }, "relay memory limit"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			o := testOptions()
+			tt.set(&o)
+			onFakeClock(t, o, func(t *testing.T, r *testRelay) {
+				b, stalled, stalledID := r.pair("limit")
+				sibling := r.phone("limit")
+				id := sibling.greet(b)
+				sent, most := 0, int64(0)
+				for ended := false; !ended; sent++ {
+					if sent*size > 2*limit {
+						t.Fatalf("%d bytes are queued", sent*size)
+					}
+					b.send(stalledID, numbered(sent, size))
+					b.frame(opPing, nil)
+					op, p, err := b.next()
+					if op == opText && string(p) == fmt.Sprintf(`{"conn_id":%q,"close_code":1011}`, stalledID) {
+						ended = true
+						op, p, err = b.next()
+					}
+					if op != opPong || err != nil {
+						t.Fatalf("the binary got opcode %d %.200q, %v; want a pong", op, p, err)
+					}
+					most = max(most, r.memory.budget.used())
+				}
+				// Close frames and notices are let through beyond it.
+				if most > limit+64<<10 {
+					t.Errorf("%d bytes were kept, the limit is %d", most, limit)
+				}
+				if (sent+1)*size < limit/2 {
+					t.Errorf("closed after %d frames of %d bytes, the limit is %d", sent, size, limit)
+				}
+				for i := range sent - 1 {
+					if got := numberOf(stalled.message()); got != i {
+						t.Fatalf("frame %d arrived, want %d", got, i)
+					}
+				}
+				stalled.wantEnd(1011, tt.reason)
+				b.send(id, "1")
+				if got := sibling.message(); got != "1" {
+					t.Errorf("the sibling got %s", got)
+				}
+			})
+		})
+	}
+}
+
+func TestCloseDirectiveBehindAQueue(t *testing.T) {
+	t.Parallel()
+	onEach(t, testOptions(), func(t *testing.T, r *testRelay) {
+		for _, shape := range []string{`"frame":"bye",`, `"frame":null,`, ``} {
+			b, ph, id := r.pair(newConnID())
+			var raw []byte
+			for i := range 1000 {
+				raw = append(raw, clientFrame(last, opText, []byte(fmt.Sprintf(`{"conn_id":%q,"frame":%s}`, id, numbered(i, 2000))))...)
+			}
+			b.raw(append(raw, clientFrame(last, opText, []byte(fmt.Sprintf(`{"conn_id":%q,%s"close_code":4412}`, id, shape)))...))
+			r.settle("the directive is read", func() bool { return r.metrics.connectedPhones.Load() == 0 })
+			for i := range 1000 {
+				if got := numberOf(ph.message()); got != i {
+					t.Fatalf("frame %d arrived, want %d", got, i)
+				}
+			}
+			if shape == `"frame":"bye",` {
+				if got := ph.message(); got != `"bye"` {
+					t.Errorf("got %.50q before the end, want the directive's frame", got)
+				}
+			}
+			ph.wantEnd(4412, "closed by binary")
+			b.close(1000, "")
+			b.wantEnd(1000, "")
+		}
+	})
+}
+
+// A phone on a slow line gets what stands before its close frame, however long
+// it takes.
+func TestCloseDirectiveOnASlowLine(t *testing.T) {
+	t.Parallel()
+	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+		b, ph, id := r.pair("slow")
+		const n, size = 100, 32 << 10
+		for i := range n {
+			b.send(id, numbered(i, size))
+		}
+		b.text(fmt.Sprintf(`{"conn_id":%q,"close_code":4412}`, id))
+		for i := range n {
+			time.Sleep(500 * time.Millisecond)
+			if got := numberOf(ph.message()); got != i {
+				t.Fatalf("frame %d arrived, want %d", got, i)
+			}
+		}
+		ph.wantEnd(4412, "closed by binary")
+	})
+}
+
+// A binary that does not read for a while is back-pressure on its phones: no
+// frame is lost, none overtakes another, and the relay keeps little.
+func TestSlowBinary(t *testing.T) {
+	t.Parallel()
+	const phones, frames, size = 4, 1500, 8 << 10
+	onEach(t, testOptions(), func(t *testing.T, r *testRelay) {
+		b := r.binary("slow")
+		b.nc.(*net.TCPConn).SetReadBuffer(64 << 10)
+		ids := map[string]int{}
+		var all []*wsClient
+		for range phones {
+			ph := r.phone("slow")
+			ids[ph.greet(b)] = 0
+			all = append(all, ph)
+		}
+		var senders sync.WaitGroup
+		for _, ph := range all {
+			senders.Go(func() {
+				for i := range frames {
+					ph.nc.SetWriteDeadline(time.Now().Add(patience))
+					if _, err := ph.nc.Write(clientFrame(last, opText, []byte(numbered(i, size)))); err != nil {
+						t.Errorf("frame %d: %v", i, err)
+						return
+					}
+				}
+			})
+		}
+		server := r.registry.members(legBinary)[0]
+		r.settle("every phone waits for the binary", func() bool {
+			server.mu.Lock()
+			defer server.mu.Unlock()
+			return len(server.waiters) == phones
+		})
+		if n := r.memory.budget.used(); n > 4*pauseAt {
+			t.Errorf("%d bytes are kept for a slow binary", n)
+		}
+		for range phones * frames {
+			e := b.envelope()
+			if got, want := numberOf(string(e.Frame)), ids[e.ConnID]; got != want || len(e.Frame) != size {
+				t.Fatalf("frame %d of %d bytes arrived, want %d of %d", got, len(e.Frame), want, size)
+			}
+			ids[e.ConnID]++
+		}
+		senders.Wait()
+		r.settle("nothing is kept", func() bool { return r.memory.budget.used() == 0 })
+	})
+}

@@ -1,0 +1,266 @@
+package main
+
+import (
+	"fmt"
+	"testing"
+	"time"
+)
+
+// How long the relay waits for whom, on a fake clock. A peer that is not read
+// from here takes nothing at all: a pipe holds no bytes.
+
+func TestHeartbeat(t *testing.T) {
+	t.Parallel()
+	for _, l := range []leg{legPhone, legBinary} {
+		t.Run(l.String(), func(t *testing.T) {
+			t.Parallel()
+			o := testOptions()
+			o.messageTimeout = time.Hour
+			onFakeClock(t, o, func(t *testing.T, r *testRelay) {
+				ln := r.lane(l)
+				// Every sign of life counts, a whole message or not.
+				m := clientFrame(last, opText, ln.message("1"))
+				for i, sign := range [][]byte{
+					clientFrame(last, opPong, nil), clientFrame(last, opPong, []byte("other")), clientFrame(last, opPing, nil),
+					m[:3], m[3:], clientFrame(more, opText, nil), clientFrame(last, opContinuation, ln.message("1")),
+				} {
+					ln.wantPing(i)
+					ln.from.raw(sign)
+					switch i {
+					case 2:
+						ln.from.wantPong(nil)
+					case 4, 6:
+						ln.wants("1")
+					}
+				}
+				ln.wantPing(7)
+				silent := time.Now()
+				ln.from.wantClose(1011, "heartbeat timeout")
+				wantAfter(t, "the end of a silent peer", silent, 30*time.Second)
+				if l == legPhone {
+					ln.to.wantNotice(ln.connID, 1011)
+				}
+			})
+		})
+	}
+}
+
+// wantClose reads until the close frame, and does not answer it.
+func (c *wsClient) wantClose(code int, reason string) {
+	c.t.Helper()
+	for {
+		op, p, err := c.next()
+		if err != nil {
+			c.t.Fatalf("waiting for a close frame: %v", err)
+		}
+		if op == opClose {
+			if got, _ := parseClose(p); int(got) != code || string(p[2:]) != reason {
+				c.t.Errorf("closed %d %q, want %d %q", got, p[2:], code, reason)
+			}
+			return
+		}
+	}
+}
+
+// wantPing waits for the relay's next ping to the sender, and answers those to
+// the other side, which come at the same pace.
+func (l lane) wantPing(i int) {
+	l.from.t.Helper()
+	if op, p, err := l.from.next(); op != opPing || err != nil {
+		l.from.t.Fatalf("%d: got opcode %d %q (%v), want a ping", i, op, p, err)
+	}
+	l.to.frame(opPong, nil)
+}
+
+func TestSilenceBetweenMessagesIsFine(t *testing.T) {
+	t.Parallel()
+	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+		b, ph, id := r.pair("idle")
+		start := time.Now()
+		for i := 0; time.Since(start) < time.Hour; i++ {
+			for _, c := range []*wsClient{b, ph} {
+				op, p, err := c.next()
+				if op != opPing || err != nil {
+					t.Fatalf("after %v: opcode %d %q (%v), want a ping", time.Since(start), op, p, err)
+				}
+				c.frame(opPong, p)
+			}
+		}
+		if again := ph.greet(b); again != id {
+			t.Errorf("the phone is %s, was %s", again, id)
+		}
+	})
+}
+
+func TestMessageDeadline(t *testing.T) {
+	t.Parallel()
+	o := testOptions()
+	o.ping = time.Hour
+	for _, l := range []leg{legPhone, legBinary} {
+		for _, tt := range []struct {
+			name string
+			cut  func(m []byte) [][]byte // one every five seconds
+		}{
+			{"one frame", func(m []byte) [][]byte {
+				f := clientFrame(last, opText, m)
+				return [][]byte{f[:1], f[1:2], f[2:4], f[4:5], f[5:6], f[6:7]}
+			}},
+			{"whole fragments", func(m []byte) [][]byte {
+				next := clientFrame(more, opContinuation, m[1:2])
+				return [][]byte{clientFrame(more, opText, m[:1]), next, next, next, next, next}
+			}},
+			{"whole pings between", func(m []byte) [][]byte {
+				ping := clientFrame(last, opPing, nil)
+				return [][]byte{clientFrame(more, opText, nil), ping, ping, ping, ping, ping}
+			}},
+		} {
+			t.Run(l.String()+"/"+tt.name, func(t *testing.T) {
+				t.Parallel()
+				onFakeClock(t, o, func(t *testing.T, r *testRelay) {
+					ln := r.lane(l)
+					start := time.Now()
+					for _, piece := range tt.cut(ln.message(`"unfinished"`)) {
+						ln.from.raw(piece)
+						time.Sleep(5 * time.Second)
+					}
+					ln.from.wantClose(1011, "message timeout")
+					wantAfter(t, "the end of an unfinished message", start, 30*time.Second)
+					if l == legPhone {
+						ln.to.wantNotice(ln.connID, 1011)
+					}
+				})
+			})
+		}
+	}
+}
+
+// The deadline is that of each message: a stream in which one begins before the
+// read that ends the other is never too late.
+func TestMessageDeadlineStartsAnew(t *testing.T) {
+	t.Parallel()
+	o := testOptions()
+	o.ping = time.Hour
+	for _, l := range []leg{legPhone, legBinary} {
+		for _, op := range []byte{opText, opPing} {
+			t.Run(fmt.Sprintf("%s/opcode %d", l, op), func(t *testing.T) {
+				t.Parallel()
+				onFakeClock(t, o, func(t *testing.T, r *testRelay) {
+					ln := r.lane(l)
+					payload := []byte("1")
+					if op == opText {
+						payload = ln.message("1")
+					}
+					f := clientFrame(last, op, payload)
+					ln.from.raw(f[:3])
+					for range 5 {
+						time.Sleep(20 * time.Second)
+						ln.from.raw(cat(f[3:], f[:3]))
+						if op == opText {
+							ln.wants("1")
+						} else {
+							ln.from.wantPong(payload)
+						}
+					}
+				})
+			})
+		}
+	}
+}
+
+func TestWriteDeadline(t *testing.T) {
+	t.Parallel()
+	o := testOptions()
+	o.ping = time.Hour
+	t.Run("phone", func(t *testing.T) {
+		t.Parallel()
+		onFakeClock(t, o, func(t *testing.T, r *testRelay) {
+			b, ph, id := r.pair("frozen")
+			start := time.Now()
+			for i := range 100 {
+				b.send(id, numbered(i, 32<<10))
+			}
+			b.wantNotice(id, 1011)
+			wantAfter(t, "the end of a phone that takes nothing", start, 10*time.Second)
+			ph.wantEnd(1011, "write timeout")
+		})
+	})
+	t.Run("binary", func(t *testing.T) {
+		t.Parallel()
+		onFakeClock(t, o, func(t *testing.T, r *testRelay) {
+			b, ph, id := r.pair("frozen")
+			sent := make(chan error, 1)
+			start := time.Now()
+			go func() {
+				var err error
+				for i := 0; i < 100 && err == nil; i++ {
+					_, err = ph.nc.Write(clientFrame(last, opText, []byte(numbered(i, 32<<10))))
+				}
+				sent <- err
+			}()
+			eventually(t, "the claim is in grace", func() bool { return !(r.holder("frozen") != nil) })
+			wantAfter(t, "the end of a binary that takes nothing", start, 10*time.Second)
+			for i := 0; ; i++ {
+				op, p, err := b.next()
+				if op == opClose {
+					if code, _ := parseClose(p); code != 1011 || string(p[2:]) != "write timeout" {
+						t.Errorf("closed %d %q, want 1011 write timeout", code, p[2:])
+					}
+					break
+				}
+				if want := fmt.Sprintf(`{"conn_id":%q,"frame":%s}`, id, numbered(i, 32<<10)); string(p) != want || err != nil {
+					t.Fatalf("got %.80q (%v), want frame %d", p, err, i)
+				}
+			}
+			ph.wantEnd(4404, "binary gone") // it sent, and its frame could not be kept
+			<-sent
+		})
+	})
+	t.Run("a phone that takes a little now and then", func(t *testing.T) {
+		t.Parallel()
+		onFakeClock(t, o, func(t *testing.T, r *testRelay) {
+			b, ph, id := r.pair("slow")
+			for i := range 40 {
+				b.send(id, numbered(i, 64<<10))
+			}
+			for i := range 40 {
+				time.Sleep(4 * time.Second)
+				if got := numberOf(ph.message()); got != i {
+					t.Fatalf("frame %d arrived, want %d", got, i)
+				}
+			}
+		})
+	})
+}
+
+func TestCloseHandshakeDeadline(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name   string
+		answer func(ph *wsClient)
+		want   time.Duration
+	}{
+		{"no answer", func(*wsClient) {}, 5 * time.Second},
+		{"talk instead of an answer", func(ph *wsClient) { ph.text("1"); ph.frame(opPing, nil) }, 5 * time.Second},
+		{"answer", func(ph *wsClient) { ph.close(4401, "") }, 0},
+		{"another code as answer", func(ph *wsClient) { ph.close(1000, "") }, 0},
+		{"violation as answer", func(ph *wsClient) { ph.raw([]byte{0xff, 0}) }, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+				b, ph, id := r.pair("bye")
+				b.text(fmt.Sprintf(`{"conn_id":%q,"close_code":4401}`, id))
+				if op, _, err := ph.next(); op != opClose || err != nil {
+					t.Fatalf("opcode %d (%v), want a close frame", op, err)
+				}
+				start := time.Now()
+				tt.answer(ph)
+				if op, p, err := ph.next(); err == nil {
+					t.Errorf("opcode %d %q behind the close frame", op, p)
+				}
+				wantAfter(t, "the end of tcp", start, tt.want)
+				r.sound()
+			})
+		})
+	}
+}
