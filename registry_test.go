@@ -1,0 +1,286 @@
+package main
+
+import (
+	"fmt"
+	"net"
+	"testing"
+	"time"
+)
+
+// A claim's life after its binary: grace in all its orders, and what a phone is
+// told when there is none.
+
+// leaves ends a binary's connection and waits for its grace.
+func (r *testRelay) leaves(b *wsClient) {
+	r.t.Helper()
+	before := r.metrics.binariesInGrace.Load()
+	b.close(1000, "")
+	b.wantEnd(1000, "")
+	r.settle("grace", func() bool { return r.metrics.binariesInGrace.Load() == before+1 })
+}
+
+// joins connects a phone and waits until it is one of id's.
+func (r *testRelay) joins(id string) *wsClient {
+	r.t.Helper()
+	before := r.metrics.connectedPhones.Load()
+	ph := r.phone(id)
+	r.settle("the phone has joined", func() bool { return r.metrics.connectedPhones.Load() == before+1 })
+	return ph
+}
+
+// wantFrame reads the next envelope, which has to be a frame.
+func (c *wsClient) wantFrame(frame string) (connID string) {
+	c.t.Helper()
+	e := c.envelope()
+	if string(e.Frame) != frame || e.CloseCode != nil {
+		c.t.Fatalf("got %+v, want the frame %s", e, frame)
+	}
+	return e.ConnID
+}
+
+func TestWhichKindOf4404(t *testing.T) {
+	t.Parallel()
+	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+		refused := func(id, reason string) {
+			t.Helper()
+			code, got := r.phone(id).ended()
+			if code != 4404 || got != reason {
+				t.Errorf("closed %d %q, want 4404 %q", code, got, reason)
+			}
+		}
+		refused("id", "server-id never seen since this relay started 0s ago")
+		time.Sleep(90 * time.Second)
+		refused("id", "server-id never seen since this relay started 1m30s ago")
+		b := r.binary("id")
+		r.phone("id").greet(b)
+		b.close(1000, "")
+		b.wantEnd(1000, "")
+		time.Sleep(42 * time.Second)
+		refused("id", "server-id last held 42s ago")
+		time.Sleep(time.Hour)
+		refused("id", "server-id last held 1h0m42s ago")
+		refused("other", "server-id never seen since this relay started 1h2m12s ago")
+	})
+}
+
+// The oldest of many claims are forgotten, and that shows in the wording.
+func TestHistoryForgets(t *testing.T) {
+	t.Parallel()
+	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+		for i := range historySize + 1 {
+			r.registry.past.note(fmt.Sprint(i), r.now())
+			time.Sleep(time.Millisecond)
+		}
+		time.Sleep(time.Minute - r.age()%time.Second)
+		r.phone("0").wantEnd(4404, "server-id never seen in the last ")
+		r.phone("1").wantEnd(4404, "server-id last held ")
+	})
+}
+
+func (r *testRelay) age() time.Duration { return time.Duration(r.now()) }
+
+// Whatever ends a binary's connection begins its grace.
+func TestEveryEndOfABinaryHasGrace(t *testing.T) {
+	t.Parallel()
+	tests := []struct {
+		name string
+		end  func(b *wsClient)
+	}{
+		{"close frame", func(b *wsClient) { b.close(1001, "") }},
+		{"end of tcp", func(b *wsClient) { b.nc.Close() }},
+		{"half-close", func(b *wsClient) { b.nc.(*net.TCPConn).CloseWrite() }},
+		{"reset", func(b *wsClient) { b.reset() }},
+		{"violation", func(b *wsClient) { b.raw([]byte{0x81, 0}) }},
+		{"too big", func(b *wsClient) { b.raw(header64(0x82, 1<<30)) }},
+	}
+	onEach(t, testOptions(), func(t *testing.T, r *testRelay) {
+		for i, tt := range tests {
+			id := fmt.Sprint("ends-", i)
+			b, idle, _ := r.pair(id)
+			tt.end(b)
+			r.settle(tt.name+": grace", func() bool { return r.metrics.binariesInGrace.Load() == int64(i+1) })
+			if n := r.metrics.connectedBinaries.Load(); n != 0 {
+				t.Errorf("%s: %d binaries are connected", tt.name, n)
+			}
+			if n := r.metrics.connectedPhones.Load(); n != 1 {
+				t.Errorf("%s: %d phones are connected, want the idle one", tt.name, n)
+			}
+			idle.frame(opPing, []byte("still there"))
+			idle.wantPong([]byte("still there"))
+			idle.text("1")
+			idle.wantEnd(4404, "binary gone")
+			r.settle("the phone is gone", func() bool { return r.metrics.connectedPhones.Load() == 0 })
+		}
+	})
+}
+
+func TestReclaim(t *testing.T) {
+	t.Parallel()
+	onEach(t, testOptions(), func(t *testing.T, r *testRelay) {
+		b, old, oldID := r.pair("id")
+		r.leaves(b)
+		first, second := r.joins("id"), r.joins("id")
+		first.raw(cat(clientFrame(last, opText, []byte("[1]")), clientFrame(last, opText, []byte("[2]"))))
+		first.frame(opPing, nil)
+		first.wantPong(nil) // they are held
+		b = r.binary("id")
+		old.wantEnd(4404, "binary reclaimed server-id")
+
+		first.text("[3]")
+		id := b.wantFrame("[1]") // and no notice of the old phone
+		for _, f := range []string{"[2]", "[3]"} {
+			if got := b.wantFrame(f); got != id {
+				t.Errorf("%s came from %s, want %s", f, got, id)
+			}
+		}
+		secondID := second.greet(b)
+		b.send(id, `"to the first"`)
+		b.send(secondID, `"to the second"`)
+		if got := first.message(); got != `"to the first"` {
+			t.Errorf("the first phone got %s", got)
+		}
+		if got := second.message(); got != `"to the second"` {
+			t.Errorf("the second phone got %s", got)
+		}
+		b.send(oldID, "1")
+		r.settle("the old phone is unknown", func() bool { return r.metrics.drops[dropUnknownConn].Load() == 1 })
+
+		// In the next grace those phones are old ones themselves.
+		r.leaves(b)
+		first.text("1")
+		first.wantEnd(4404, "binary gone")
+		b = r.binary("id")
+		second.wantEnd(4404, "binary reclaimed server-id")
+		r.phone("id").greet(b)
+	})
+}
+
+// What a phone sent in grace goes with it when it leaves before the binary comes.
+func TestPhoneLeavesInGrace(t *testing.T) {
+	t.Parallel()
+	onEach(t, testOptions(), func(t *testing.T, r *testRelay) {
+		b, old, _ := r.pair("id")
+		r.leaves(b)
+		ph := r.joins("id")
+		ph.text("1")
+		ph.close(1000, "")
+		ph.wantEnd(1000, "")
+		old.close(1000, "")
+		old.wantEnd(1000, "")
+		r.settle("no phone, and nothing of theirs", func() bool {
+			return r.count(legPhone) == 0 && r.memory.budget.used() == 0
+		})
+		b = r.binary("id")
+		r.phone("id").greet(b) // no frame and no notice before that
+	})
+}
+
+func TestPhonesInGraceAreCounted(t *testing.T) {
+	t.Parallel()
+	onEach(t, testOptions(), func(t *testing.T, r *testRelay) {
+		b, _, _ := r.pair("id")
+		r.leaves(b)
+		for range 15 {
+			r.joins("id")
+		}
+		r.phone("id").wantEnd(4429, "too many phones")
+		r.binary("id")
+		r.settle("the old phone is out", func() bool { return r.metrics.connectedPhones.Load() == 15 })
+		r.joins("id")
+	})
+}
+
+// All phones of a claim that nobody took again end at once, whether they read or
+// not, and whatever was held for the binary is given back.
+func TestGraceExpires(t *testing.T) {
+	t.Parallel()
+	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+		b := r.binary("id")
+		var phones []*wsClient
+		for range 8 {
+			ph := r.phone("id")
+			ph.greet(b)
+			phones = append(phones, ph)
+		}
+		b.close(1000, "")
+		start := time.Now()
+		b.wantEnd(1000, "")
+		for range 8 {
+			ph := r.phone("id")
+			ph.text(`"held"`)
+			ph.frame(opPing, nil)
+			phones = append(phones, ph)
+		}
+		time.Sleep(29 * time.Second)
+		if n := r.metrics.connectedPhones.Load(); n != 16 {
+			t.Errorf("%d phones after 29 s of grace, want 16", n)
+		}
+		r.sound()
+		eventually(t, "the end of grace", func() bool { return r.metrics.connectedPhones.Load() == 0 })
+		wantAfter(t, "the end of grace", start, 30*time.Second)
+		for _, ph := range phones {
+			ph.wantClose(4404, "grace expired")
+			wantAfter(t, "a phone's end", start, 30*time.Second)
+		}
+		r.phone("id").wantEnd(4404, "server-id last held 30s ago")
+		eventually(t, "nothing is held", func() bool { return r.memory.budget.used() == 0 })
+		b = r.binary("id")
+		r.phone("id").greet(b)
+	})
+}
+
+// A claim just before grace would end stops it for good.
+func TestReclaimStopsGrace(t *testing.T) {
+	t.Parallel()
+	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+		for range 3 {
+			b := r.binary("id")
+			b.close(1000, "")
+			b.wantEnd(1000, "")
+			time.Sleep(29 * time.Second)
+		}
+		b := r.binary("id")
+		ph := r.phone("id")
+		ph.greet(b)
+		time.Sleep(14 * time.Second)
+		ph.greet(b)
+		if n := r.metrics.binariesInGrace.Load(); n != 0 {
+			t.Errorf("%d binaries in grace", n)
+		}
+	})
+}
+
+// A phone that sends more in grace than may be held waits; nothing is lost.
+func TestHeldFramesHaveALimit(t *testing.T) {
+	t.Parallel()
+	const limit, n, size = 256 << 10, 200, 8 << 10
+	o := testOptions()
+	o.queue = limit
+	onFakeClock(t, o, func(t *testing.T, r *testRelay) {
+		b, _, _ := r.pair("id")
+		b.close(1000, "")
+		b.wantEnd(1000, "")
+		ph := r.phone("id")
+		sent := make(chan error, 1)
+		go func() {
+			var err error
+			for i := 0; i < n && err == nil; i++ {
+				_, err = ph.nc.Write(clientFrame(last, opText, []byte(numbered(i, size))))
+			}
+			sent <- err
+		}()
+		time.Sleep(20 * time.Second)
+		if got := r.memory.budget.used(); got < limit/2 || got > 2*limit {
+			t.Errorf("%d bytes are held, the limit is %d", got, limit)
+		}
+		b = r.binary("id")
+		for i := range n {
+			if e := b.envelope(); numberOf(string(e.Frame)) != i {
+				t.Fatalf("got %.20q, want frame %d", e.Frame, i)
+			}
+		}
+		if err := <-sent; err != nil {
+			t.Error(err)
+		}
+	})
+}
