@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"io"
 	"sync"
 	"time"
@@ -15,6 +16,9 @@ const (
 	maxLogBacklog = 1 << 20
 	// logDelay is how long lines gather before they are written.
 	logDelay = 5 * time.Millisecond
+	// lastWords is how long the end of the program waits for whoever reads the
+	// log: a stopped terminal must not keep a process that was told to stop.
+	lastWords = time.Second
 )
 
 type logWriter struct {
@@ -61,14 +65,21 @@ func (w *logWriter) signal() {
 	}
 }
 
-// Close writes what has gathered. Later lines are written through.
+// Close writes what has gathered. Later lines are written through. It fails where
+// nobody takes them within lastWords.
 func (w *logWriter) Close() error {
 	w.mu.Lock()
 	w.closed = true
 	w.signal()
 	w.mu.Unlock()
-	<-w.done
-	return nil
+	late := time.NewTimer(lastWords)
+	defer late.Stop()
+	select {
+	case <-w.done:
+		return nil
+	case <-late.C:
+		return fmt.Errorf("writing the log: nobody has read it for %v", lastWords)
+	}
 }
 
 func (w *logWriter) run() {

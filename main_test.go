@@ -63,7 +63,10 @@ func startCommand(t testing.TB, cmd *exec.Cmd, env []string) *program {
 		"GORACE=atexit_sleep_ms=10", // a second by default, of which some tests would see hundreds
 		"PYRYCODE_RELAY_LISTEN=127.0.0.1:0", "PYRYCODE_RELAY_ADMIN=127.0.0.1:0", "PYRYCODE_RELAY_INSTANCE_LOCK=" + freeLock(t),
 	}, env...)
-	cmd.Stdout, cmd.Stderr = &p.stdout, &p.stderr
+	cmd.Stdout = &p.stdout
+	if cmd.Stderr == nil {
+		cmd.Stderr = &p.stderr
+	}
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -98,7 +101,8 @@ func freeLock(t testing.TB) string {
 	return ln.Addr().String()
 }
 
-var listeningLine = regexp.MustCompile(`msg=listening addr=(\S+) admin=(\S+)`)
+// listeningLine is that of both formats.
+var listeningLine = regexp.MustCompile(`msg"?[=:]"?listening"?[ ,]"?addr"?[=:]"?([^ "]+)"?[ ,]"?admin"?[=:]"?([^ "]+)`)
 
 // listening waits until the relay serves, and returns it.
 func (p *program) listening() *program {
@@ -168,19 +172,31 @@ func wantRefusal(t testing.TB, stderr string, words ...string) {
 // connect upgrades a connection to the program.
 func (p *program) connect(path string, h http.Header) *wsClient {
 	p.t.Helper()
+	c, resp := p.upgrade(path, h)
+	if c == nil {
+		p.t.Fatalf("upgrade of %s: %s", path, resp.Status)
+	}
+	return c
+}
+
+// upgrade asks for one. Where it is refused the client is nil.
+func (p *program) upgrade(path string, h http.Header) (*wsClient, *http.Response) {
+	p.t.Helper()
+	c, resp, err := handshake(p.t, p.dial(), path, h)
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	return c, resp
+}
+
+func (p *program) dial() net.Conn {
+	p.t.Helper()
 	nc, err := net.Dial("tcp", p.addr)
 	if err != nil {
 		p.t.Fatal(err)
 	}
 	p.t.Cleanup(func() { nc.Close() })
-	c, resp, err := handshake(p.t, nc, path, h)
-	if err != nil {
-		p.t.Fatal(err)
-	}
-	if c == nil {
-		p.t.Fatalf("upgrade of %s: %s", path, resp.Status)
-	}
-	return c
+	return nc
 }
 
 // fetch gets a page and returns its body.
@@ -372,6 +388,53 @@ func TestLogLevel(t *testing.T) {
 	if s := p.stderr.String(); s != "" {
 		t.Errorf("at level error a relay that is well says:\n%s", s)
 	}
+}
+
+// A terminal that is stopped, a pipe whose reader hangs: neither keeps the relay
+// from serving, nor from ending.
+func TestLogThatNobodyReads(t *testing.T) {
+	t.Parallel()
+	_, pipe := fullPipe(t)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(self, "-log-level", "debug")
+	cmd.Stderr = pipe
+	p := startCommand(t, cmd, nil)
+	eventually(t, "it serves", func() bool {
+		if h := holderOf(p); h != nil {
+			p.addr = h.Listen
+		}
+		nc, err := net.Dial("tcp", p.addr)
+		if err == nil {
+			nc.Close()
+		}
+		return err == nil
+	})
+	b, ph := p.connect("/v2/server", binaryHeaders("s")), p.connect("/v2/client", phoneHeaders("s"))
+	ph.greet(b)
+	p.signal(syscall.SIGTERM)
+	ph.wantEnd(1001, "shutting down")
+	b.wantEnd(1001, "shutting down")
+	if code := p.exit(); code != 0 {
+		t.Errorf("exit code %d, want 0", code)
+	}
+}
+
+// fullPipe is a pipe that takes no byte more.
+func fullPipe(t testing.TB) (r, w *os.File) {
+	t.Helper()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close(); w.Close() })
+	w.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
+	if _, err = w.Write(make([]byte, 8<<20)); !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("filling a pipe: %v", err)
+	}
+	return r, w
 }
 
 func TestAdminOff(t *testing.T) {
