@@ -58,7 +58,7 @@ func explainTCP(err error) fault {
 	what := strings.ReplaceAll(err.Error(), "\n", "; ")
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return fault{"nothing listens there: " + what, "start the proxy (or the relay) there, or correct the port"}
+		return fault{"nothing listens there: " + what, "start the proxy (or the relay) there, or correct the port; from inside the relay's own network the router may lack hairpin NAT: try from outside"}
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return fault{"nobody answers there: " + what,
 			"open the port in the firewall and forward it in the router; from inside the relay's own network the router may lack hairpin NAT: try from outside"}
@@ -101,6 +101,9 @@ const passUpgrade = `have the proxy pass the upgrade on (nginx: proxy_http_versi
 
 // explainAnswer tells what an answer other than a good 101 means.
 func explainAnswer(base *url.URL, a *answer, err error) fault {
+	if a.code == http.StatusSwitchingProtocols {
+		return fault{fmt.Sprintf("%q is no good upgrade: %v", a.status, err), "have the proxy leave the answer's Upgrade, Connection and Sec-WebSocket-Accept as the relay sent them"}
+	}
 	if _, relay := a.identity(); relay {
 		what := fmt.Sprintf("the relay refuses with %q: %s", a.status, a.text)
 		switch a.code {
@@ -118,8 +121,6 @@ func explainAnswer(base *url.URL, a *answer, err error) fault {
 		what += fmt.Sprintf(" (server: %.40s)", s)
 	}
 	switch c := a.code; {
-	case c == http.StatusSwitchingProtocols:
-		return fault{fmt.Sprintf("%s, which is no good upgrade: %v", what, err), passUpgrade}
 	case c >= 300 && c < 400:
 		return fault{what + ", a redirect to " + cmp.Or(a.header.Get("Location"), "nowhere"), "use the address it leads to: peers follow no redirect"}
 	case c == http.StatusUnauthorized || c == http.StatusForbidden || c == http.StatusProxyAuthRequired:

@@ -230,7 +230,7 @@ func (c *publicCheck) report(f finding, now time.Time) {
 			c.log.Warn("public name not verified: some of the connections through it fail", "url", c.url, "found", f.fault.what, "remedy", f.fault.remedy, "phones", f.joins, "failed", f.failed)
 			return
 		}
-		c.log.Warn("public name not verified: it cannot be reached from here, which is common behind a home router (hairpin NAT, split DNS) and harmless if peers can",
+		c.log.Warn("public name not verified: this relay does not reach itself through it, and serves on; behind a home router (hairpin NAT, split DNS) that is common, and no harm if peers do",
 			"url", c.url, "found", f.fault.what, "remedy", f.fault.remedy, "phones", f.joins, "failed", f.failed)
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	mrand "math/rand/v2"
+	"net/http"
 	"net/url"
 	"slices"
 	"sync"
@@ -197,6 +198,8 @@ func (p *publicPath) open(ctx context.Context, l leg, id string) (*wsPeer, reach
 	}
 	who, ok := a.identity()
 	switch {
+	case ok && who.id == p.me.id && err != nil && (a.code == http.StatusBadRequest || a.code == http.StatusUpgradeRequired):
+		return nil, reach{reachNobody, identity{}, err} // peers get no further: something on the way takes headers away
 	case ok && who.id == p.me.id, !ok && a != nil && !p.keys.unused(nonce): // a proxy may take the header away
 		return peer, reach{kind: reachMe}
 	case ok:

@@ -108,11 +108,14 @@ func TestPublicRound(t *testing.T) {
 		{name: "one backend of two is gone", want: publicUnreachable, what: "no HTTP answer", some: true, start: func(t *testing.T, p pair) string {
 			return startBalancer(t, nil, inTurn(p.me.addr, "")).addr
 		}},
-		{name: "a proxy that drops the upgrade", want: publicVerified, start: func(t *testing.T, p pair) string {
-			// The relay's refusal says who refused: what peers meet there is for
-			// probe to tell, and no second relay.
+		{name: "a proxy that drops the upgrade", want: publicUnreachable, what: "no upgrade was asked for", start: func(t *testing.T, p pair) string {
 			b := startBalancer(t, nil, always(p.me.addr))
 			b.request = without("Upgrade")
+			return b.addr
+		}},
+		{name: "a proxy that drops headers", want: publicUnreachable, what: "x-pyrycode-version is missing", start: func(t *testing.T, p pair) string {
+			b := startBalancer(t, nil, always(p.me.addr))
+			b.request = without("X-Pyrycode-Version")
 			return b.addr
 		}},
 		{name: "the header is taken away", want: publicVerified, start: func(t *testing.T, p pair) string {
@@ -150,6 +153,19 @@ func TestPublicRound(t *testing.T) {
 			}
 			p.me.settle("the round's end", func() bool { return p.me.count(legBinary)+p.me.count(legPhone) == 0 })
 		})
+	}
+}
+
+// TestPublicRoundFull: a relay that has no place left refuses its own check as
+// well, and says by whom that is.
+func TestPublicRoundFull(t *testing.T) {
+	t.Parallel()
+	o := testOptions()
+	o.maxConnections = 1
+	r := startRelay(t, o)
+	r.binary("somebody")
+	if f := lookFrom(t, r, r.addr, firstJoins); f.verdict != publicVerified || f.joins != firstJoins {
+		t.Errorf("%+v", f)
 	}
 }
 
