@@ -2,7 +2,6 @@ package main
 
 import (
 	"fmt"
-	"net"
 	"strings"
 	"sync"
 	"testing"
@@ -33,7 +32,6 @@ func TestStalledPhone(t *testing.T) {
 	o.queue = 1 << 20
 	onEach(t, o, func(t *testing.T, r *testRelay) {
 		b, stalled, stalledID := r.pair("stall")
-		stalled.nc.(*net.TCPConn).SetReadBuffer(64 << 10)
 		var siblings []*wsClient
 		var ids []string
 		for range 2 {
@@ -157,7 +155,7 @@ func TestCloseDirectiveBehindAQueue(t *testing.T) {
 			b, ph, id := r.pair(newConnID())
 			var raw []byte
 			for i := range 1000 {
-				raw = append(raw, clientFrame(last, opText, []byte(fmt.Sprintf(`{"conn_id":%q,"frame":%s}`, id, numbered(i, 2000))))...)
+				raw = append(raw, clientFrame(last, opText, []byte(fmt.Sprintf(`{"conn_id":%q,"frame":%s}`, id, numbered(i, 1000))))...)
 			}
 			b.raw(append(raw, clientFrame(last, opText, []byte(fmt.Sprintf(`{"conn_id":%q,%s"close_code":4412}`, id, shape)))...))
 			r.settle("the directive is read", func() bool { return r.metrics.connectedPhones.Load() == 0 })
@@ -203,10 +201,9 @@ func TestCloseDirectiveOnASlowLine(t *testing.T) {
 // frame is lost, none overtakes another, and the relay keeps little.
 func TestSlowBinary(t *testing.T) {
 	t.Parallel()
-	const phones, frames, size = 4, 1500, 8 << 10
+	const phones, frames, size = 4, 1000, 8 << 10
 	onEach(t, testOptions(), func(t *testing.T, r *testRelay) {
 		b := r.binary("slow")
-		b.nc.(*net.TCPConn).SetReadBuffer(64 << 10)
 		ids := map[string]int{}
 		var all []*wsClient
 		for range phones {
@@ -236,11 +233,13 @@ func TestSlowBinary(t *testing.T) {
 			t.Errorf("%d bytes are kept for a slow binary", n)
 		}
 		for range phones * frames {
-			e := b.envelope()
-			if got, want := numberOf(string(e.Frame)), ids[e.ConnID]; got != want || len(e.Frame) != size {
-				t.Fatalf("frame %d of %d bytes arrived, want %d of %d", got, len(e.Frame), want, size)
+			// By hand: this many bytes are too many for encoding/json under -race.
+			head, frame, _ := strings.Cut(strings.TrimSuffix(b.message(), "}"), `","frame":`)
+			id := strings.TrimPrefix(head, `{"conn_id":"`)
+			if got, want := numberOf(frame), ids[id]; got != want || len(frame) != size {
+				t.Fatalf("frame %d of %d bytes arrived, want %d of %d", got, len(frame), want, size)
 			}
-			ids[e.ConnID]++
+			ids[id]++
 		}
 		senders.Wait()
 		r.settle("nothing is kept", func() bool { return r.memory.budget.used() == 0 })
