@@ -214,7 +214,8 @@ Each flag is also an environment variable; the command line wins.
 
 Signals: SIGTERM and SIGINT drain and stop; a second one stops at once.
 Exit codes: 0 asked to stop, 1 failure while running, 2 refused to start.
-A start that fails says why in one plain line, whatever -log-format is.
+A start that fails says why in one plain line, whatever -log-format is; an
+address in use is exit code 1.
 `, bypassName)
 }
 
