@@ -143,6 +143,30 @@ func TestIncumbentClosesWhenAsked(t *testing.T) {
 	}
 }
 
+// Between losing its place and being closed a phone reaches nobody: by then
+// another binary may hold the server-id.
+func TestMessageOfRemovedPhone(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	b, ph, connID := r.pair("id")
+	sibling := r.phone("id")
+	e := r.holder("id").server
+	e.mu.Lock()
+	leg := e.phones[connID]
+	r.registry.remove(e, leg)
+	e.mu.Unlock()
+	ph.text(`"stray"`)
+	ph.frame(opPing, nil)
+	if op, _, err := ph.next(); op != opPong || err != nil {
+		t.Fatalf("got opcode %d, %v; want a pong", op, err)
+	}
+	sibling.greet(b) // and nothing before that
+	batch := r.batch()
+	leg.end(batch, endReplaced)
+	batch.flush()
+	ph.wantEnd(4404, "binary replaced")
+}
+
 // What phones that joined in grace have sent is given back when nobody comes.
 func TestGraceExpiresOverHeldFrames(t *testing.T) {
 	t.Parallel()

@@ -158,6 +158,7 @@ func (g *registry) install(e *entry, b *binaryLeg) {
 			continue
 		}
 		delete(e.phones, id)
+		ph.letGo()
 		closing = append(closing, ph)
 	}
 	b.mu.Unlock()
@@ -325,8 +326,10 @@ func (g *registry) remove(e *entry, ph *phoneLeg) {
 	ph.letGo()
 }
 
-// letGo gives back what ph's frames for a binary to come occupy, e.mu held.
+// letGo ends ph's membership and gives back what its frames for a binary to come
+// occupy, server.mu held.
 func (ph *phoneLeg) letGo() {
+	ph.removed = true
 	if ph.held != nil {
 		ph.held.drop(&ph.relay.memory)
 		ph.held = nil

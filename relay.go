@@ -303,8 +303,11 @@ type phoneLeg struct {
 	conn
 	id     string // conn_id
 	server *entry // set by join; nil where that was refused
-	held   *hold  // guarded by server.mu; not nil for one that joined in grace
 	probe  bool
+
+	// Guarded by server.mu.
+	held    *hold // not nil for one that joined in grace
+	removed bool  // from server: who did that is about to close it
 }
 
 // hold keeps what a phone sends in grace, as frames for the binary to come.
@@ -403,8 +406,9 @@ func (ph *phoneLeg) message(t *batch, _ byte, p []byte) {
 	e.mu.Lock()
 	b := e.binary
 	switch {
-	case !ph.is(connOpen):
-		// Closed from elsewhere, and its notice may be queued: too late.
+	case ph.removed || !ph.is(connOpen):
+		// Closed from elsewhere: too late. Its notice may be queued, or the binary
+		// is another one, which does not know it.
 		e.mu.Unlock()
 		return
 	case b != nil:
