@@ -353,8 +353,10 @@ func TestLimitIdle(t *testing.T) {
 	}
 	hook(all[0], http.StateHijacked) // a session now
 	hook(all[1], http.StateClosed)
-	if arrive().closed || arrive().closed || !arrive().closed {
-		t.Fatal("two places that were given back are not exactly two places")
+	for i, want := range []bool{false, false, true} {
+		if got := arrive().closed; got != want {
+			t.Fatalf("two places were given back: arrival %d turned away: %v, want %v", i+1, got, want)
+		}
 	}
 }
 
