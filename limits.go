@@ -64,11 +64,15 @@ type budget struct {
 
 // take charges n bytes if they fit.
 func (b *budget) take(n int) bool {
-	if b.n.Add(int64(n)) > b.limit {
-		b.n.Add(-int64(n))
-		return false
+	for {
+		used := b.n.Load()
+		if used+int64(n) > b.limit {
+			return false
+		}
+		if b.n.CompareAndSwap(used, used+int64(n)) {
+			return true
+		}
 	}
-	return true
 }
 
 // force charges n bytes whether they fit or not.

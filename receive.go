@@ -16,10 +16,6 @@ func (c *conn) feed(t *batch, data []byte) {
 	if k := c.rest; k != nil { // what a pause left comes first
 		c.rest = nil
 		c.parse(t, k.bytes())
-		if c.rest != nil { // paused again
-			c.keepRest(t, data)
-			data = nil
-		}
 		c.relay.memory.put(k)
 	}
 	c.parse(t, data)
