@@ -161,6 +161,8 @@ func TestPublicCheckVerdicts(t *testing.T) {
 		{name: "one after the other, as in a rolling update", rounds: 7, script: []finding{
 			splitWith(older), splitWith(older), splitWith(oldest), splitWith(oldest), splitWith(younger), splitWith(younger), allMine()},
 			want: "pending split split split split split verified", levels: "INFO ERROR INFO"},
+		{name: "an older one seen twice only", rounds: 50, script: []finding{splitWith(older), splitWith(younger), splitWith(younger), splitWith(younger), splitWith(younger), splitWith(older), splitWith(younger)},
+			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
 		{name: "one that does not say who it is", rounds: 50, script: []finding{splitWith()},
 			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
 	}

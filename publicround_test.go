@@ -85,6 +85,14 @@ func TestPublicRound(t *testing.T) {
 				return p.me.addr
 			}).addr
 		}},
+		{name: "one claim elsewhere, its phones here", want: publicSplit, other: true, start: func(t *testing.T, p pair) string {
+			return startBalancer(t, nil, func(n int, _ string) string {
+				if n == 0 {
+					return p.other.addr
+				}
+				return p.me.addr
+			}).addr
+		}},
 		{name: "sticky by server-id", want: publicVerified, start: func(t *testing.T, p pair) string {
 			return startBalancer(t, nil, byServer(p.me.addr, p.other.addr)).addr
 		}},
@@ -296,16 +304,51 @@ func TestStopDuringCheck(t *testing.T) {
 			case <-time.After(patience):
 				t.Fatal("the check does not stop")
 			}
-			stacks := make([]byte, 1<<20)
-			stacks = stacks[:runtime.Stack(stacks, true)]
-			for _, method := range []string{"(*wsPeer)", "(*publicPath)", "(*publicCheck)"} {
-				if bytes.Contains(stacks, []byte(method)) {
-					t.Errorf("a goroutine in a method of %s is left", method)
-				}
-			}
+			wantNoCheck(t)
 			r.stop()
 		})
 	}
+}
+
+func wantNoCheck(t *testing.T) {
+	t.Helper()
+	stacks := make([]byte, 1<<20)
+	stacks = stacks[:runtime.Stack(stacks, true)]
+	for _, method := range []string{"(*wsPeer)", "(*publicPath)", "(*publicCheck)"} {
+		if bytes.Contains(stacks, []byte(method)) {
+			t.Errorf("a goroutine in a method of %s is left", method)
+		}
+	}
+}
+
+// TestProgramStopsItsCheck is not parallel: it looks for goroutines by name.
+func TestProgramStopsItsCheck(t *testing.T) {
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	code := make(chan int, 1)
+	go func() {
+		code <- run(ctx, []string{"-listen", "127.0.0.1:0", "-admin", "off", "-instance-lock", deadAddr(t), "-public-url", "ws://" + silent.Addr().String()},
+			func(name string) (string, bool) {
+				if name != paceName {
+					return "", false
+				}
+				return "1h,1ms,1h", true
+			}, io.Discard, io.Discard)
+	}()
+	nc, err := silent.Accept() // a round is under way
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	cancel()
+	if got := <-code; got != exitStopped {
+		t.Errorf("exit code %d", got)
+	}
+	wantNoCheck(t)
 }
 
 // TestYoungerRelayLeaves runs a whole program behind a round robin with a relay
