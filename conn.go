@@ -267,7 +267,9 @@ func (c *conn) tick(t *batch) {
 			c.sock.abort()
 		}
 	case c.blocked != 0 && t.now-c.blocked >= int64(o.writeTimeout):
-		reason = endWriteTimeout
+		if c.stuck(t) {
+			reason = endWriteTimeout
+		}
 	case t.now-c.since.Load() >= int64(o.messageTimeout) && c.since.Load() != 0 && !c.suspended:
 		reason = endMessageTimeout
 	case t.now >= c.pingAt:

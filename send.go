@@ -132,6 +132,17 @@ func (c *conn) wrote(t *batch, err error) {
 	}
 }
 
+// stuck reports whether the peer really takes nothing, mu held. A kernel tells of
+// room only when a good part of the send buffer is free, for which a slow peer
+// may need longer than it has: the socket itself is asked before it is given up.
+func (c *conn) stuck(t *batch) bool {
+	queued := c.out.n
+	c.blocked = 0
+	c.flush(t)
+	t.addLocked(c) // to wake who waits for it
+	return c.out.n == queued
+}
+
 // flushed moves a connection that is ending on once its last bytes are out, mu held.
 func (c *conn) flushed(now int64) {
 	if !c.is(connClosing) || c.broken || c.endReason == endPeerLost {

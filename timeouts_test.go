@@ -167,6 +167,34 @@ func TestMessageDeadlineStartsAnew(t *testing.T) {
 	}
 }
 
+// A peer that takes some bytes now and then, too few for its kernel to say so, is
+// slow and not gone.
+func TestWriteDeadlineOfASlowPeer(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	b, _, ph, s, bt := memPair(t, r.relay)
+	tick := func(after time.Duration) {
+		bt.now += int64(after)
+		ph.tick(bt)
+		bt.flush()
+	}
+	s.full = true
+	b.message(bt, opText, []byte(`{"conn_id":"phone-1","frame":`+numbered(0, 1000)+`}`))
+	bt.flush()
+	for i := range 5 {
+		s.room = 10
+		if tick(r.o.writeTimeout); !ph.is(connOpen) {
+			t.Fatalf("closed after it had taken bytes %d times", i+1)
+		}
+	}
+	if len(s.out) != 50 {
+		t.Fatalf("the socket got %d bytes, want the 50 that it took", len(s.out))
+	}
+	if tick(r.o.writeTimeout); ph.is(connOpen) || ph.endReason != endWriteTimeout {
+		t.Fatalf("a peer that takes nothing ended with %q, want %q", ph.endReason, endWriteTimeout)
+	}
+}
+
 func TestWriteDeadline(t *testing.T) {
 	t.Parallel()
 	o := testOptions()
