@@ -104,6 +104,7 @@ type conn struct {
 	txBytes   uint64 // payload
 	queued    uint64 // bytes ever queued
 	pongEnd   uint64 // value of queued behind the last pong
+	pingEnd   uint64 // and behind the last ping
 	blocked   int64  // relay clock since the socket takes nothing, 0 while it does
 	closeBy   int64  // relay clock at which the state's patience ends, 0 for none
 	pingAt    int64  // relay clock of the next ping
@@ -273,11 +274,14 @@ func (c *conn) tick(t *batch) {
 	case t.now-c.since.Load() >= int64(o.messageTimeout) && c.since.Load() != 0 && !c.suspended:
 		reason = endMessageTimeout
 	case t.now >= c.pingAt:
-		if c.pinged && c.reads.Load() == c.pingMark && !c.suspended {
+		switch silent := c.pinged && c.reads.Load() == c.pingMark && !c.suspended; {
+		case silent && c.isOut(c.pingEnd):
 			reason = endHeartbeat
-			break
+		case silent: // how could it answer: the ping waits behind a backlog
+			c.pingAt = t.now + int64(o.ping)
+		default:
+			c.ping(t)
 		}
-		c.ping(t)
 	}
 	c.mu.Unlock()
 	if reason != endNone {
@@ -294,5 +298,6 @@ func (c *conn) ping(t *batch) {
 	c.pinged, c.pingMark = true, c.reads.Load()
 	c.pingAt = t.now + int64(c.relay.o.ping)
 	c.queueControl(opPing, nil)
+	c.pingEnd = c.queued
 	t.addLocked(c)
 }

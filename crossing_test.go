@@ -77,6 +77,7 @@ func TestChallengeBeforeHeartbeat(t *testing.T) {
 	c.mu.Lock()
 	c.ping(b)
 	c.mu.Unlock()
+	b.flush()
 	b.now++
 	c.tick(b)
 	if p.reason != endNone {

@@ -194,6 +194,9 @@ func (c *conn) writable(t *batch) {
 	wake(woken)
 }
 
+// isOut reports whether everything queued up to end has been written, mu held.
+func (c *conn) isOut(end uint64) bool { return c.queued-uint64(c.out.n) >= end }
+
 // sendPong answers a ping.
 func (c *conn) sendPong(t *batch, p []byte) {
 	c.mu.Lock()
@@ -201,7 +204,7 @@ func (c *conn) sendPong(t *batch, p []byte) {
 	if !c.is(connOpen) {
 		return
 	}
-	if c.queued-uint64(c.out.n) >= c.pongEnd {
+	if c.isOut(c.pongEnd) {
 		c.pongs = 0 // every pong before this one is out
 	}
 	if c.pongs >= maxPongs {

@@ -195,6 +195,36 @@ func TestWriteDeadlineOfASlowPeer(t *testing.T) {
 	}
 }
 
+// A ping that has not left yet asks nothing: a peer on a slow line has its
+// interval from when the ping is out.
+func TestHeartbeatBehindABacklog(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	b, _, ph, s, bt := memPair(t, r.relay)
+	const chunk = 10
+	s.full = true
+	b.message(bt, opText, []byte(`{"conn_id":"phone-1","frame":`+numbered(0, 1000)+`}`))
+	bt.flush()
+	pass := func(d time.Duration) {
+		for ; d > 0 && ph.is(connOpen); d -= time.Second {
+			s.room = chunk
+			bt.now += int64(time.Second)
+			ph.writable(bt)
+			ph.tick(bt)
+			bt.flush()
+		}
+	}
+	pass(2*r.o.ping + time.Second)
+	if !ph.pinged || !ph.is(connOpen) {
+		t.Fatalf("pinged: %v, ended with %q before the ping was out", ph.pinged, ph.endReason)
+	}
+	s.full = false
+	pass(2*r.o.ping + time.Second)
+	if ph.is(connOpen) || ph.endReason != endHeartbeat {
+		t.Fatalf("a peer that was pinged and stayed silent ended with %q, want %q", ph.endReason, endHeartbeat)
+	}
+}
+
 func TestWriteDeadline(t *testing.T) {
 	t.Parallel()
 	o := testOptions()
