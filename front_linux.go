@@ -1,3 +1,5 @@
+//go:build !386
+
 package main
 
 import (
@@ -14,7 +16,6 @@ import (
 	"sync"
 	"syscall"
 	"time"
-	"unsafe"
 )
 
 // The front door of Linux: the loop itself accepts, and where the whole upgrade
@@ -76,25 +77,6 @@ func (r *relay) door(ln net.Listener) (net.Listener, error) {
 		return nil, fmt.Errorf("watching the listener: %w", err)
 	}
 	return f, nil
-}
-
-// dupSocket duplicates the descriptor of a socket of Go's, whose own poller
-// would be woken for every event too as long as it has one.
-func dupSocket(s syscall.Conn) (int, error) {
-	raw, err := s.SyscallConn()
-	if err != nil {
-		return -1, err
-	}
-	fd, errno := -1, syscall.Errno(0)
-	err = raw.Control(func(old uintptr) {
-		var n uintptr
-		n, _, errno = syscall.Syscall(syscall.SYS_FCNTL, old, syscall.F_DUPFD_CLOEXEC, 0)
-		fd = int(n)
-	})
-	if err == nil && errno != 0 {
-		err = errno
-	}
-	return fd, err
 }
 
 func (f *front) watch() error {
@@ -210,7 +192,7 @@ func addrPort(sa syscall.Sockaddr) netip.AddrPort {
 func (f *front) hear(fd int, g *greeter) {
 	l := f.loop
 	b := l.buf[:maxGreeting]
-	n, err := peek(fd, b)
+	n, err := recv(fd, nil, b, syscall.MSG_PEEK)
 	switch {
 	case err == syscall.EAGAIN || err == syscall.EINTR:
 		return // the event was that it can be written to
@@ -232,14 +214,6 @@ func (f *front) hear(fd int, g *greeter) {
 	w := &frontWriter{c: fdConn{fd: fd, loop: l}, header: http.Header{}}
 	f.relay.serve(w, q, legPhone)
 	w.finish(q)
-}
-
-func peek(fd int, b []byte) (int, error) {
-	n, _, errno := syscall.Syscall6(syscall.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), syscall.MSG_PEEK, 0, 0)
-	if errno != 0 {
-		return 0, errno
-	}
-	return int(n), nil
 }
 
 var headEnd = []byte("\r\n\r\n")

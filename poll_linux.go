@@ -1,3 +1,5 @@
+//go:build !386
+
 package main
 
 import (
@@ -6,7 +8,6 @@ import (
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"unsafe"
 )
 
 // The poller of Linux: an epoll loop reads and writes its connections itself.
@@ -22,6 +23,9 @@ const (
 	// epollEvents is how many connections one wake-up may serve before the
 	// batch is flushed.
 	epollEvents = 128
+	// edgeTriggered is EPOLLET, which package syscall has as a negative number
+	// on some architectures.
+	edgeTriggered = 1 << 31
 )
 
 // epollLoop owns its connections' file descriptors: it alone reads and closes
@@ -123,7 +127,7 @@ func (l *epollLoop) bind(c *conn, nc net.Conn) error {
 // the start and edge-triggered, so that nothing has to be changed later on.
 func (l *epollLoop) watch(fd int) error {
 	ev := syscall.EpollEvent{
-		Events: syscall.EPOLLIN | syscall.EPOLLOUT | syscall.EPOLLRDHUP | -syscall.EPOLLET,
+		Events: syscall.EPOLLIN | syscall.EPOLLOUT | syscall.EPOLLRDHUP | edgeTriggered,
 		Fd:     int32(fd),
 	}
 	return syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_ADD, fd, &ev)
@@ -334,7 +338,7 @@ func (l *epollLoop) read(c *conn) {
 			return
 		}
 		into := c.want()
-		n, err := s.readv(into, l.buf)
+		n, err := recv(s.fd, into, l.buf, 0)
 		l.relay.metrics.socketReads.Add(1)
 		switch {
 		case err == syscall.EAGAIN:
@@ -364,21 +368,6 @@ func (l *epollLoop) read(c *conn) {
 	}
 }
 
-// readv reads into a, then b.
-func (s *epollSocket) readv(a, b []byte) (int, error) {
-	if len(a) == 0 {
-		return syscall.Read(s.fd, b)
-	}
-	iov := [2]syscall.Iovec{{Base: &a[0]}, {Base: &b[0]}}
-	iov[0].SetLen(len(a))
-	iov[1].SetLen(len(b))
-	n, _, errno := syscall.Syscall(syscall.SYS_READV, uintptr(s.fd), uintptr(unsafe.Pointer(&iov)), 2)
-	if errno != 0 {
-		return 0, errno
-	}
-	return int(n), nil
-}
-
 // release closes c's socket and forgets it.
 func (l *epollLoop) release(c *conn, s *epollSocket) {
 	l.mu.Lock()
@@ -392,47 +381,6 @@ func (l *epollLoop) release(c *conn, s *epollSocket) {
 	s.fd = -1
 	c.mu.Unlock()
 	syscall.Close(fd)
-}
-
-// write is socket's. The caller holds c.mu.
-func (s *epollSocket) write(bufs [][]byte) (int, error) {
-	if s.fd < 0 {
-		return 0, net.ErrClosed
-	}
-	var iov [8]syscall.Iovec
-	total := 0
-	for i, b := range bufs {
-		iov[i].Base = unsafe.SliceData(b)
-		iov[i].SetLen(len(b))
-		total += len(b)
-	}
-	for {
-		s.loop.relay.metrics.socketWrites.Add(1)
-		n, _, errno := syscall.Syscall(syscall.SYS_WRITEV, uintptr(s.fd), uintptr(unsafe.Pointer(&iov)), uintptr(len(bufs)))
-		switch {
-		case errno == syscall.EINTR:
-			continue
-		case errno == syscall.EAGAIN:
-			return 0, errAgain
-		case errno != 0:
-			return 0, errno
-		case int(n) < total:
-			return int(n), errAgain
-		}
-		return total, nil
-	}
-}
-
-func (s *epollSocket) closeWrite() {
-	if s.fd >= 0 {
-		syscall.Shutdown(s.fd, syscall.SHUT_WR)
-	}
-}
-
-func (s *epollSocket) abort() {
-	if s.fd >= 0 {
-		syscall.Shutdown(s.fd, syscall.SHUT_RDWR)
-	}
 }
 
 func (s *epollSocket) resume() { s.loop.post(s) }

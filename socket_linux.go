@@ -1,0 +1,116 @@
+//go:build !386
+
+package main
+
+import (
+	"net"
+	"syscall"
+	"unsafe"
+)
+
+// The system calls on a session's socket. They are those of sockets (recvfrom,
+// sendto, recvmsg, sendmsg), not those of files (readv, writev), which touch the
+// socket's inode as well: with 8,000 phones, whose inodes are in no cache, a
+// frame cost a fifth more. None of them blocks, so Go's scheduler is not told.
+
+// dupSocket duplicates the descriptor of a socket of Go's, whose own poller
+// would be woken for every event too as long as it has one.
+func dupSocket(s syscall.Conn) (int, error) {
+	raw, err := s.SyscallConn()
+	if err != nil {
+		return -1, err
+	}
+	fd, errno := -1, syscall.Errno(0)
+	err = raw.Control(func(old uintptr) {
+		var n uintptr
+		n, _, errno = syscall.Syscall(syscall.SYS_FCNTL, old, syscall.F_DUPFD_CLOEXEC, 0)
+		fd = int(n)
+	})
+	if err == nil && errno != 0 {
+		err = errno
+	}
+	return fd, err
+}
+
+// recv reads into a, then b.
+func recv(fd int, a, b []byte, flags int) (int, error) {
+	flags |= syscall.MSG_DONTWAIT
+	var n uintptr
+	var errno syscall.Errno
+	if len(a) == 0 {
+		n, _, errno = syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), uintptr(flags), 0, 0)
+	} else {
+		iov := [2]syscall.Iovec{{Base: unsafe.SliceData(a)}, {Base: unsafe.SliceData(b)}}
+		iov[0].SetLen(len(a))
+		iov[1].SetLen(len(b))
+		m := syscall.Msghdr{Iov: &iov[0]}
+		setCount(&m.Iovlen, len(iov))
+		n, _, errno = syscall.RawSyscall(syscall.SYS_RECVMSG, uintptr(fd), uintptr(unsafe.Pointer(&m)), uintptr(flags))
+	}
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), nil
+}
+
+// send writes bufs, of which there are at most as many as a batch has views.
+func send(fd int, bufs [][]byte) (int, error) {
+	const flags = syscall.MSG_DONTWAIT | syscall.MSG_NOSIGNAL
+	var n uintptr
+	var errno syscall.Errno
+	if len(bufs) == 1 {
+		b := bufs[0]
+		n, _, errno = syscall.RawSyscall6(syscall.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), flags, 0, 0)
+	} else {
+		var iov [len(batch{}.views)]syscall.Iovec
+		for i, b := range bufs {
+			iov[i].Base = unsafe.SliceData(b)
+			iov[i].SetLen(len(b))
+		}
+		m := syscall.Msghdr{Iov: &iov[0]}
+		setCount(&m.Iovlen, len(bufs))
+		n, _, errno = syscall.RawSyscall(syscall.SYS_SENDMSG, uintptr(fd), uintptr(unsafe.Pointer(&m)), flags)
+	}
+	if errno != 0 {
+		return 0, errno
+	}
+	return int(n), nil
+}
+
+// setCount sets a field whose width is the architecture's.
+func setCount[T uint32 | uint64](field *T, n int) { *field = T(n) }
+
+// write is socket's. The caller holds c.mu.
+func (s *epollSocket) write(bufs [][]byte) (int, error) {
+	if s.fd < 0 {
+		return 0, net.ErrClosed
+	}
+	total := 0
+	for _, b := range bufs {
+		total += len(b)
+	}
+	for {
+		s.loop.relay.metrics.socketWrites.Add(1)
+		n, err := send(s.fd, bufs)
+		switch {
+		case err == syscall.EINTR:
+			continue
+		case err == syscall.EAGAIN, err == nil && n < total:
+			return n, errAgain
+		}
+		return n, err
+	}
+}
+
+// closeWrite is socket's, as abort is.
+func (s *epollSocket) closeWrite() {
+	if s.fd >= 0 {
+		syscall.Shutdown(s.fd, syscall.SHUT_WR)
+	}
+}
+
+func (s *epollSocket) abort() {
+	if s.fd >= 0 {
+		syscall.Shutdown(s.fd, syscall.SHUT_RDWR)
+	}
+}
