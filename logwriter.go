@@ -97,12 +97,12 @@ func (w *logWriter) run() {
 		w.lines, w.dropped = spare[:0], 0
 		if closed {
 			// With the lock, so that no later line overtakes these.
-			w.out.Write(lines)
+			w.write(lines)
 			w.through = true
 		}
 		w.mu.Unlock()
 		if !closed {
-			w.out.Write(lines)
+			w.write(lines)
 		}
 		if dropped > 0 {
 			w.dropLog(dropped)
@@ -113,5 +113,13 @@ func (w *logWriter) run() {
 		if closed {
 			return
 		}
+	}
+}
+
+// write spares out what is nothing: a line that was gathered with the ones before
+// it has left its wake-up behind.
+func (w *logWriter) write(lines []byte) {
+	if len(lines) > 0 {
+		w.out.Write(lines)
 	}
 }
