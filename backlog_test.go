@@ -5,6 +5,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -194,6 +195,28 @@ func TestCloseDirectiveOnASlowLine(t *testing.T) {
 			}
 		}
 		ph.wantEnd(4412, "closed by binary")
+	})
+}
+
+// Whoever says goodbye with a backlog in front of him gets all of it and the
+// answer, though he takes longer than a peer has to end a connection that is over.
+func TestAnswerBehindABacklog(t *testing.T) {
+	t.Parallel()
+	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+		b, ph, id := r.pair("slow")
+		const n, size = 3, 16 << 10 // less than the poller takes from the queue
+		for i := range n {
+			b.send(id, numbered(i, size))
+		}
+		synctest.Wait()
+		ph.close(1001, "")
+		for i := range n {
+			time.Sleep(2 * r.o.lingerTimeout)
+			if got := numberOf(ph.message()); got != i {
+				t.Fatalf("frame %d arrived, want %d", got, i)
+			}
+		}
+		ph.wantEnd(1001, "")
 	})
 }
 

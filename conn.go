@@ -42,6 +42,9 @@ type socket interface {
 	// write takes what it can of bufs; errAgain when that was not all, and
 	// conn.writable is called once more can be taken.
 	write(bufs [][]byte) (int, error)
+	// unsent reports whether bytes that write took are not with the kernel yet;
+	// conn.writable is called once they are.
+	unsent() bool
 	// closeWrite ends our direction once what was written is out.
 	closeWrite()
 	// abort ends both directions at once; the reader then finds the end.

@@ -22,9 +22,10 @@ func (s *idleSocket) write(bufs [][]byte) (n int, err error) {
 	}
 	return n, nil
 }
-func (s *idleSocket) closeWrite() {}
-func (s *idleSocket) abort()      { s.aborted++ }
-func (s *idleSocket) resume()     { s.resumed++ }
+func (s *idleSocket) unsent() bool { return false }
+func (s *idleSocket) closeWrite()  {}
+func (s *idleSocket) abort()       { s.aborted++ }
+func (s *idleSocket) resume()      { s.resumed++ }
 
 // idlePeer notes how its connection ended.
 type idlePeer struct{ reason closeReason }

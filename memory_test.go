@@ -24,6 +24,7 @@ type memSocket struct {
 }
 
 func (m *memSocket) attach([]byte) {}
+func (m *memSocket) unsent() bool  { return false }
 func (m *memSocket) closeWrite()   { m.finished = true }
 func (m *memSocket) abort()        { m.aborted = true }
 func (m *memSocket) resume()       { m.resumes++ }

@@ -90,6 +90,7 @@ type goSocket struct {
 	finish   bool   // closeWrite once staged is out
 	writing  bool   // the writer runs
 	staged   []byte // taken over, not yet written
+	inFlight bool   // the writer is writing what was staged before
 	writeErr error
 }
 
@@ -182,6 +183,12 @@ func (s *goSocket) write(bufs [][]byte) (n int, err error) {
 	return n, err
 }
 
+func (s *goSocket) unsent() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.inFlight || len(s.staged) > 0
+}
+
 // startWriter runs the writer if it has something to do, mu held.
 func (s *goSocket) startWriter() {
 	if !s.writing && (len(s.staged) > 0 || s.finish) {
@@ -215,12 +222,15 @@ func (s *goSocket) drain() {
 			s.mu.Unlock()
 			return
 		}
+		s.inFlight = true
 		s.mu.Unlock()
 		r.metrics.socketWrites.Add(1)
-		if _, err := s.nc.Write(out); err != nil {
-			s.mu.Lock()
-			s.writeErr = err
-			s.mu.Unlock()
+		_, err := s.nc.Write(out)
+		s.mu.Lock()
+		s.inFlight = false
+		s.writeErr = err
+		s.mu.Unlock()
+		if err != nil {
 			s.abort()
 		}
 		t := r.batch()

@@ -148,6 +148,10 @@ func (c *conn) flushed(now int64) {
 	if !c.is(connClosing) || c.broken || c.endReason == endPeerLost {
 		return
 	}
+	if c.sock.unsent() { // its time begins when they are gone
+		c.blocked = now
+		return
+	}
 	if !c.answered {
 		if !c.sentClose {
 			c.sentClose = true

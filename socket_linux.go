@@ -102,7 +102,9 @@ func (s *epollSocket) write(bufs [][]byte) (int, error) {
 	}
 }
 
-// closeWrite is socket's, as abort is.
+// unsent is socket's, as the following are.
+func (s *epollSocket) unsent() bool { return false }
+
 func (s *epollSocket) closeWrite() {
 	if s.fd >= 0 {
 		syscall.Shutdown(s.fd, syscall.SHUT_WR)
