@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -122,6 +123,7 @@ func (g *registry) entry(id string, probe bool) *entry {
 	if e, ok := g.entries.Load(id); ok {
 		return e.(*entry)
 	}
+	id = strings.Clone(id) // it is a part of its request's header, which would stay as long
 	e, _ := g.entries.LoadOrStore(id, &entry{id: id, probe: probe, phones: map[string]*phoneLeg{}})
 	return e.(*entry)
 }

@@ -3,8 +3,10 @@ package main
 import (
 	"fmt"
 	"net"
+	"strings"
 	"testing"
 	"time"
+	"unsafe"
 )
 
 // A claim's life after its binary: grace in all its orders, and what a phone is
@@ -80,6 +82,28 @@ func TestHistoryForgets(t *testing.T) {
 func (r *testRelay) age() time.Duration { return time.Duration(r.now()) }
 
 // Whatever ends a binary's connection begins its grace.
+// A server-id that was held is remembered, and its request is not: net/http's
+// header values are parts of one string with all of them.
+func TestEntryKeepsNoHeader(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	header := strings.Repeat("x", 4<<10) + "server"
+	id := header[4<<10:]
+	b, _ := memBinary(t, r.relay, id)
+	bt := r.batch()
+	defer bt.flush()
+	defer b.release(bt)
+	if b.server.id != id || unsafe.StringData(b.server.id) == unsafe.StringData(id) {
+		t.Errorf("the entry of %s keeps the %d bytes that its id came in", b.server.id, len(header))
+	}
+	r.registry.entries.Range(func(key, _ any) bool {
+		if unsafe.StringData(key.(string)) == unsafe.StringData(id) {
+			t.Errorf("the registry keeps the %d bytes that the id came in", len(header))
+		}
+		return true
+	})
+}
+
 func TestEveryEndOfABinaryHasGrace(t *testing.T) {
 	t.Parallel()
 	tests := []struct {
