@@ -211,7 +211,7 @@ func TestAnswerBehindABacklog(t *testing.T) {
 		synctest.Wait()
 		ph.close(1001, "")
 		for i := range n {
-			time.Sleep(2 * r.o.lingerTimeout)
+			time.Sleep(3 * time.Second)
 			if got := numberOf(ph.message()); got != i {
 				t.Fatalf("frame %d arrived, want %d", got, i)
 			}

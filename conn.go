@@ -117,7 +117,6 @@ type conn struct {
 	suspended bool   // its reader is paused: silence means nothing
 	sentClose bool   // our close frame is out
 	answered  bool   // no answer to it is to come
-	peerDone  bool   // the peer's close frame is there
 	broken    bool   // the socket failed or was given up
 	endReason closeReason
 	endCode   uint16

@@ -50,8 +50,7 @@ type options struct {
 	challengeTimeout time.Duration // an incumbent binary has this long to answer
 	messageTimeout   time.Duration // from a message's first byte to its last
 	writeTimeout     time.Duration // a peer that takes nothing for this long is gone
-	closeTimeout     time.Duration // for the answer to a close frame
-	lingerTimeout    time.Duration // for the peer's FIN after the close handshake
+	closeTimeout     time.Duration // for the answer to a close frame, and for the FIN behind it
 	checkPace        checkPace     // of the check of -public-url
 }
 
@@ -78,7 +77,6 @@ func defaultOptions() options {
 		messageTimeout:   30 * time.Second,
 		writeTimeout:     10 * time.Second,
 		closeTimeout:     5 * time.Second,
-		lingerTimeout:    time.Second,
 		checkPace:        defaultPace(),
 	}
 }

@@ -152,7 +152,7 @@ func (s *goSocket) read(first []byte) {
 
 // settle gives the writer a moment for what is staged, as a kernel would.
 func (s *goSocket) settle() {
-	s.nc.SetWriteDeadline(time.Now().Add(s.poller.relay.o.lingerTimeout))
+	s.nc.SetWriteDeadline(time.Now().Add(s.poller.relay.o.closeTimeout))
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for s.writing && !s.aborted {

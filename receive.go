@@ -288,7 +288,7 @@ func (c *conn) peerClosed(t *batch, code uint16) {
 	c.deaf = true // §5.5.1: nothing may follow
 	c.finish(t, endPeerClosed, code, "")
 	c.mu.Lock()
-	c.answered, c.peerDone = true, true
+	c.answered = true
 	t.addLocked(c)
 	c.mu.Unlock()
 }

@@ -34,6 +34,10 @@ type poller interface {
 	stop()
 }
 
+// mostLate is how late a timeout may be noticed: ten sweeps in the shortest of
+// the contract's.
+const mostLate = 500 * time.Millisecond
+
 type relay struct {
 	// Set at the start.
 	o        options
@@ -71,8 +75,7 @@ func newRelay(o options, id identity, version string, instance *instanceState, p
 		limits:  newLimits(o, time.Now),
 		seed:    maphash.MakeSeed(),
 		started: time.Now(),
-		// A timeout is noticed at most half of the shortest one late.
-		tick: int64(min(o.ping, o.messageTimeout, o.writeTimeout, o.closeTimeout, o.lingerTimeout) / 2),
+		tick:    int64(min(mostLate, o.ping/2, o.messageTimeout/2, o.writeTimeout/2, o.closeTimeout/2)),
 		greeting: http.Header{
 			instanceHeader: {id.String()},
 		},

@@ -162,12 +162,8 @@ func (c *conn) flushed(now int64) {
 	c.state.Store(uint32(connLinger))
 	c.sock.closeWrite()
 	// The peer's FIN ends it. Until then what it still sends is read, so that
-	// no reset overtakes the close frame.
-	wait := c.relay.o.lingerTimeout
-	if !c.peerDone {
-		wait = c.relay.o.closeTimeout
-	}
-	c.closeAfter(now, wait)
+	// no reset overtakes the close frame, which a slow peer may not have yet.
+	c.closeAfter(now, c.relay.o.closeTimeout)
 }
 
 func (c *conn) closeAfter(now int64, d time.Duration) { c.closeBy = now + int64(d) }

@@ -92,7 +92,7 @@ func stressOptions(tiny bool) options {
 		o.maxFrame, o.queue, o.queueTotal = 32<<10, 8<<10, 384<<10
 		o.maxPhones, o.maxConnections = 3, stressServers*stressPhones/2
 		o.ping, o.messageTimeout, o.writeTimeout = time.Second, 500*time.Millisecond, 500*time.Millisecond
-		o.closeTimeout, o.lingerTimeout = 300*time.Millisecond, 100*time.Millisecond
+		o.closeTimeout = 300 * time.Millisecond
 		o.grace, o.challengeTimeout = 200*time.Millisecond, 100*time.Millisecond
 	}
 	return o
