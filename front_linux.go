@@ -163,7 +163,7 @@ func (f *front) accept() {
 			return
 		}
 		addr := addrPort(sa)
-		if len(f.greeting)+len(f.aside) >= maxWaiting {
+		if len(f.greeting)+len(f.aside) >= maxWaiting && !f.giveWay() {
 			syscall.Close(fd)
 			continue
 		}
@@ -176,6 +176,26 @@ func (f *front) accept() {
 			syscall.Close(fd)
 		}
 	}
+}
+
+// giveWay drops a newcomer that has said nothing for long, in favor of the next
+// one: of a few the oldest, since a peer that means it makes its request at once.
+// It reports false if there is none.
+func (f *front) giveWay() bool {
+	victim, soonest, looked := -1, int64(1<<63-1), 0
+	for fd, g := range f.greeting { // in random order
+		if g.until < soonest {
+			victim, soonest = fd, g.until
+		}
+		if looked++; looked == evictLooks {
+			break
+		}
+	}
+	if victim < 0 {
+		return false
+	}
+	f.dismiss(victim)
+	return true
 }
 
 func addrPort(sa syscall.Sockaddr) netip.AddrPort {

@@ -19,6 +19,8 @@ const (
 	// maxWaiting bounds connections that have not been taken to a session:
 	// those that have said nothing yet, and those that net/http serves.
 	maxWaiting = 1024
+	// evictLooks is how many of a full table are looked at for one to go.
+	evictLooks = 8
 	// greetTime is how long a connection may take to make its request.
 	greetTime = 10 * time.Second
 	// linesPerSecond is enough to see who and why.
@@ -134,7 +136,7 @@ func (r *rates) evict() {
 		if full < soonest {
 			victim, soonest = k, full
 		}
-		if looked++; looked == 8 {
+		if looked++; looked == evictLooks {
 			break
 		}
 	}
@@ -200,18 +202,38 @@ func parseHop(s string) (netip.Addr, bool) {
 	return a.Unmap().WithZone(""), err == nil
 }
 
-// limitIdle is an http.Server's ConnState hook: it turns away who comes while
-// net/http has maxWaiting connections that are no session.
+// limitIdle is an http.Server's ConnState hook: it keeps net/http at maxWaiting
+// connections that are no session. Of a few the one goes in which nothing has
+// moved for the longest: strangers who dawdle must not lock everybody else out.
 func limitIdle() func(net.Conn, http.ConnState) {
-	var n atomic.Int64
+	var mu sync.Mutex
+	moves := int64(0)
+	last := map[net.Conn]int64{} // the number of the last move of each
 	return func(c net.Conn, s http.ConnState) {
-		switch s {
-		case http.StateNew:
-			if n.Add(1) > maxWaiting {
-				c.Close()
+		mu.Lock()
+		defer mu.Unlock()
+		moves++
+		switch _, known := last[c]; {
+		case s == http.StateHijacked || s == http.StateClosed:
+			delete(last, c)
+		case known:
+			last[c] = moves
+		case s == http.StateNew:
+			if len(last) >= maxWaiting {
+				var victim net.Conn
+				soonest, looked := moves, 0
+				for o, at := range last { // in random order
+					if at < soonest {
+						victim, soonest = o, at
+					}
+					if looked++; looked == evictLooks {
+						break
+					}
+				}
+				delete(last, victim)
+				victim.Close()
 			}
-		case http.StateHijacked, http.StateClosed:
-			n.Add(-1)
+			last[c] = moves
 		}
 	}
 }

@@ -334,28 +334,56 @@ func (c *endConn) Close() error { c.closed = true; return nil }
 func TestLimitIdle(t *testing.T) {
 	t.Parallel()
 	hook := limitIdle()
+	var all []*endConn
 	arrive := func() *endConn {
 		c := new(endConn)
+		all = append(all, c)
 		hook(c, http.StateNew)
-		if c.closed { // net/http says so when it finds out
-			hook(c, http.StateClosed)
-		}
 		return c
 	}
-	var all []*endConn
-	for range maxWaiting {
-		if all = append(all, arrive()); all[len(all)-1].closed {
-			t.Fatalf("number %d was turned away", len(all))
+	// net/http says so when it finds out.
+	sweep := func() (closed int) {
+		for _, c := range all {
+			if c.closed {
+				closed++
+				hook(c, http.StateActive) // it may have been about to
+				hook(c, http.StateClosed)
+			}
 		}
+		return closed
 	}
-	if !arrive().closed {
-		t.Fatal("one too many was let in")
+	for range maxWaiting {
+		arrive()
+	}
+	if n := sweep(); n != 0 {
+		t.Fatalf("%d were turned away while there was room", n)
 	}
 	hook(all[0], http.StateHijacked) // a session now
 	hook(all[1], http.StateClosed)
-	for i, want := range []bool{false, false, true} {
-		if got := arrive().closed; got != want {
-			t.Fatalf("two places were given back: arrival %d turned away: %v, want %v", i+1, got, want)
+	for i, want := range []int{0, 0, 1, 2} {
+		arrive()
+		if got := sweep(); got != want {
+			t.Fatalf("two places were given back: after arrival %d %d had to go, want %d", i+1, got, want)
+		}
+	}
+	if all[0].closed {
+		t.Fatal("a session had to go")
+	}
+	// Whoever moves is not the one to go, however many come.
+	busy := all[2:6]
+	for _, c := range busy {
+		c.closed = false
+		hook(c, http.StateNew)
+	}
+	for range 2 * maxWaiting {
+		for _, c := range busy {
+			hook(c, http.StateIdle)
+		}
+		last := arrive()
+		for _, c := range append(busy, last) {
+			if c.closed {
+				t.Fatal("one that had just moved had to go")
+			}
 		}
 	}
 }
