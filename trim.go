@@ -1,6 +1,7 @@
 package main
 
 import (
+	"runtime"
 	"runtime/debug"
 	"sync"
 	"time"
@@ -60,6 +61,7 @@ func (m *trimmer) plan(d time.Duration) {
 			m.plan(m.grace + trimDelay)
 		}
 		m.mu.Unlock()
+		runtime.GC() // pools of buffers let go at the second collection only
 		debug.FreeOSMemory()
 	})
 }
