@@ -182,16 +182,8 @@ func (f *front) accept() {
 // one: of a few the oldest, since a peer that means it makes its request at once.
 // It reports false if there is none.
 func (f *front) giveWay() bool {
-	victim, soonest, looked := -1, int64(1<<63-1), 0
-	for fd, g := range f.greeting { // in random order
-		if g.until < soonest {
-			victim, soonest = fd, g.until
-		}
-		if looked++; looked == evictLooks {
-			break
-		}
-	}
-	if victim < 0 {
+	victim, ok := stalest(f.greeting, func(g *greeter) int64 { return g.until })
+	if !ok {
 		return false
 	}
 	f.dismiss(victim)

@@ -130,17 +130,24 @@ func (r *rates) allow(addr netip.Addr) (ok bool, wait time.Duration) {
 // which forgives least. Who commands that many addresses is not slowed down by
 // buckets; everybody else must not be locked out by him.
 func (r *rates) evict() {
-	var victim netip.Addr
-	soonest, looked := int64(1<<63-1), 0
-	for k, full := range r.seen { // in random order
-		if full < soonest {
-			victim, soonest = k, full
+	victim, _ := stalest(r.seen, func(full int64) int64 { return full })
+	delete(r.seen, victim)
+}
+
+// stalest picks the entry of a full table that has to go: of a few, in random
+// order, the one whose time is the earliest. ok is false if the table is empty.
+func stalest[K comparable, V any](table map[K]V, when func(V) int64) (victim K, ok bool) {
+	var earliest int64
+	looked := 0
+	for k, v := range table {
+		if at := when(v); !ok || at < earliest {
+			victim, earliest, ok = k, at, true
 		}
 		if looked++; looked == evictLooks {
 			break
 		}
 	}
-	delete(r.seen, victim)
+	return victim, ok
 }
 
 // rateKey is what shares a bucket: an IPv4 address, or an IPv6 /64, which is
@@ -220,16 +227,7 @@ func limitIdle() func(net.Conn, http.ConnState) {
 			last[c] = moves
 		case s == http.StateNew:
 			if len(last) >= maxWaiting {
-				var victim net.Conn
-				soonest, looked := moves, 0
-				for o, at := range last { // in random order
-					if at < soonest {
-						victim, soonest = o, at
-					}
-					if looked++; looked == evictLooks {
-						break
-					}
-				}
+				victim, _ := stalest(last, func(at int64) int64 { return at })
 				delete(last, victim)
 				victim.Close()
 			}
