@@ -97,8 +97,12 @@ var stressPlans = []stressPlan{
 	{name: "overflow", code: 1011, text: endBacklogFull.String(), notice: 1011, do: func(ph *stressPhone) {
 		hear := ph.deafen()
 		ph.ask(ph.s.w.plenty(), min(200000, ph.s.w.payload()))
-		ph.daemon(func(p stressPeer) bool { return p.notice != 0 })
+		_, steady := ph.daemon(func(p stressPeer) bool { return p.notice != 0 })
 		hear()
+		if !steady && ph.heard() { // so early that nothing overflowed
+			ph.plan = stressChat
+			ph.leave(1000)
+		}
 	}},
 	{name: "closed by its daemon", text: endBinaryDirective.String(), notice: -1, do: func(ph *stressPhone) {
 		ph.chatter()
@@ -159,6 +163,7 @@ type stressPhone struct {
 	asked  int // messages that the daemon was asked for
 	code   int // close code chosen
 	before int // notices with it that others caused
+	plan   stressPlan
 
 	mu   sync.Mutex // guards what follows
 	got  int        // messages
@@ -177,15 +182,20 @@ func (ph *stressPhone) live(plan stressPlan) {
 		time.Sleep(time.Millisecond) // full: the next one, a little later
 		return
 	}
-	plan.do(ph)
-	ph.judge(plan)
+	ph.follow(plan)
 }
 
 // finish lets a phone that joined in grace act as one that came just now.
 func (ph *stressPhone) finish(plan stressPlan) {
 	_, ph.shaken = ph.s.peer(ph.name)
+	ph.follow(plan)
+}
+
+// follow is a life from when it is connected.
+func (ph *stressPhone) follow(plan stressPlan) {
+	ph.plan = plan
 	plan.do(ph)
-	ph.judge(plan)
+	ph.judge()
 }
 
 // join connects.
@@ -340,8 +350,8 @@ func (ph *stressPhone) daemon(cond func(stressPeer) bool) (p stressPeer, steady 
 // ---- the judgement ----
 
 // judge compares a phone's end with its plan's.
-func (ph *stressPhone) judge(plan stressPlan) {
-	w, s := ph.s.w, ph.s
+func (ph *stressPhone) judge() {
+	w, s, plan := ph.s.w, ph.s, ph.plan
 	<-ph.done
 	code, notice := plan.code, plan.notice
 	if code == 0 {
