@@ -5,6 +5,7 @@ package main
 import (
 	"fmt"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -18,8 +19,10 @@ const (
 	// readSize is what a loop reads in one go: enough to make the system call
 	// cheap beside the bytes, small enough to stay in the second-level cache.
 	readSize = 64 << 10
-	// readTurns bounds how long one busy connection keeps the others waiting.
-	readTurns = 4
+	// readyTurns is how many connections that have more to read get a turn
+	// between two looks at who else has something: however many flood the
+	// relay, others do not wait for all of them.
+	readyTurns = 16
 	// epollEvents is how many connections one wake-up may serve before the
 	// batch is flushed.
 	epollEvents = 128
@@ -50,7 +53,6 @@ type epollLoop struct {
 	// Owned by the loop.
 	buf   []byte
 	ready []*conn // may have more to read; edge-triggered epoll will not say so again
-	spare []*conn // ready's other buffer
 	batch batch
 }
 
@@ -230,14 +232,7 @@ func (l *epollLoop) run() {
 			c.unpause(t.now)
 			l.read(c)
 		}
-		ready := l.ready
-		l.ready = l.spare[:0]
-		for i, c := range ready {
-			ready[i] = nil
-			c.sock.(*epollSocket).busy = false
-			l.read(c)
-		}
-		l.spare = ready
+		l.readOn()
 		t.flush()
 		if t.now >= nextTick {
 			sweep = l.snapshot(sweep[:0])
@@ -318,12 +313,12 @@ func (l *epollLoop) serve(ev *syscall.EpollEvent) {
 	if ev.Events&(syscall.EPOLLOUT|syscall.EPOLLERR|syscall.EPOLLHUP) != 0 {
 		c.writable(&l.batch)
 	}
-	if ev.Events&(syscall.EPOLLIN|gone) != 0 {
+	if ev.Events&(syscall.EPOLLIN|gone) != 0 && !s.busy { // else its turn comes
 		l.read(c)
 	}
 }
 
-// read feeds c what its socket has.
+// read feeds c what its socket has, up to a bufferful: for more it waits its turn.
 func (l *epollLoop) read(c *conn) {
 	s := c.sock.(*epollSocket)
 	if s.fd < 0 {
@@ -333,7 +328,7 @@ func (l *epollLoop) read(c *conn) {
 	if c.rest != nil && !c.paused {
 		c.feed(t, nil)
 	}
-	for range readTurns {
+	for {
 		if c.paused {
 			return
 		}
@@ -356,15 +351,29 @@ func (l *epollLoop) read(c *conn) {
 			c.feed(t, l.buf[:n-len(into)])
 		}
 		c.heard()
+		if n == len(into)+len(l.buf) {
+			break
+		}
 		// Less than there was room for: the socket is empty (epoll(7)), unless
 		// the end of the stream is behind it.
-		if n < len(into)+len(l.buf) && !s.hup {
+		if !s.hup {
 			return
 		}
 	}
 	if !s.busy {
 		s.busy = true
 		l.ready = append(l.ready, c)
+	}
+}
+
+// readOn gives those who have waited longest of l.ready their turn.
+func (l *epollLoop) readOn() {
+	var turn [readyTurns]*conn
+	n := copy(turn[:], l.ready)
+	l.ready = slices.Delete(l.ready, 0, n)
+	for _, c := range turn[:n] {
+		c.sock.(*epollSocket).busy = false
+		l.read(c)
 	}
 }
 
