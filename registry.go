@@ -1,6 +1,7 @@
 package main
 
 import (
+	"container/list"
 	"fmt"
 	"strings"
 	"sync"
@@ -19,8 +20,8 @@ import (
 type registry struct {
 	relay   *relay
 	entries sync.Map // server-id → *entry
+	graces  graces
 	past    history
-	timers  sync.WaitGroup // of grace
 }
 
 // entry is a server-id that is held, or was until a moment ago.
@@ -32,8 +33,7 @@ type entry struct {
 	gone    bool                 // no longer in the registry
 	binary  *binaryLeg           // nil during grace
 	freed   int64                // relay clock of the last binary's end
-	grace   *time.Timer          // nil while held
-	epoch   uint64               // counts what begins and ends grace
+	grace   *list.Element        // in registry.graces, nil while held
 	phones  map[string]*phoneLeg // by conn_id
 	trial   *challenge           // whether the incumbent lives, while somebody asks
 	waiters []*conn              // phones that joined in grace and whose held frames reached the limit
@@ -183,16 +183,16 @@ func (g *registry) install(e *entry, b *binaryLeg) {
 	wake(woken)
 }
 
-// release ends b's claim, if it is still b's: grace begins.
+// release ends b's claim, if it is still b's: grace begins. The relay's own
+// probe has none.
 func (g *registry) release(t *batch, b *binaryLeg) {
 	e := b.server
 	if e == nil { // never had a claim
 		return
 	}
-	r := g.relay
 	e.mu.Lock()
-	defer e.mu.Unlock()
 	if e.binary != b {
+		e.mu.Unlock()
 		return
 	}
 	if e.trial != nil {
@@ -200,35 +200,28 @@ func (g *registry) release(t *batch, b *binaryLeg) {
 	}
 	e.binary = nil
 	e.freed = t.now
-	e.epoch++
-	epoch := e.epoch
-	g.count(e, &r.metrics.connectedBinaries, -1)
-	g.count(e, &r.metrics.binariesInGrace, 1)
-	wait := r.o.grace
+	g.count(e, &g.relay.metrics.connectedBinaries, -1)
+	g.count(e, &g.relay.metrics.binariesInGrace, 1)
+	begun := g.graces.begin(e)
+	e.grace = begun
+	e.mu.Unlock()
 	if e.probe {
-		wait = 0
+		g.expire(begun)
 	}
-	g.timers.Add(1)
-	e.grace = time.AfterFunc(wait, func() {
-		defer g.timers.Done()
-		g.expire(e, epoch)
-	})
 }
 
 // stopGrace ends e's grace before its time, e.mu held.
 func (g *registry) stopGrace(e *entry) {
-	if e.grace.Stop() {
-		g.timers.Done()
-	}
+	g.graces.cancel(e.grace)
 	e.grace = nil
-	e.epoch++
 	g.count(e, &g.relay.metrics.binariesInGrace, -1)
 }
 
-// expire ends the grace that began as epoch, unless the claim was taken again.
-func (g *registry) expire(e *entry, epoch uint64) {
+// expire ends a grace whose time is over, unless the claim was taken again.
+func (g *registry) expire(over *list.Element) {
+	e := over.Value.(*grace).e
 	e.mu.Lock()
-	if e.epoch != epoch {
+	if e.grace != over {
 		e.mu.Unlock()
 		return
 	}
@@ -382,7 +375,7 @@ func (g *registry) clear() {
 		e.gone = true
 		g.entries.CompareAndDelete(e.id, e)
 	})
-	g.timers.Wait()
+	g.graces.stop()
 }
 
 // check recounts the registry against the gauges and names the first invariant

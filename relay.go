@@ -84,6 +84,7 @@ func newRelay(o options, id identity, version string, instance *instanceState, p
 	}
 	r.memory.budget = r.limits.budget
 	r.registry.relay = r
+	r.registry.graces = graces{length: o.grace, now: r.now, expire: r.registry.expire}
 	r.trimmer.grace = o.grace
 	r.metrics = newMetrics(id, readBuildVersion(), instance, r.memory.budget)
 	r.fallback = newGoPoller(r)
