@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"log/slog"
 	"net/netip"
 	"runtime"
 	"syscall"
@@ -100,4 +101,40 @@ func TestBytesPerConnection(t *testing.T) {
 		t.Errorf("a phone holds %d bytes, and %d once it has talked; want at most %d", unused, used, most)
 	}
 	runtime.KeepAlive(clients)
+}
+
+// ownedMemory is what the process has of the system's, for whatever purpose.
+func ownedMemory() int {
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return int(m.Sys - m.HeapReleased)
+}
+
+// What stays of the first wave of phones is the runtime's, for a heap that was
+// larger once. The next wave finds it there, and leaves next to nothing.
+func TestWavesAreGivenBack(t *testing.T) {
+	const phones = 1000
+	o := testOptions()
+	o.maxPhones, o.maxConnections, o.grace = phones, phones+1, 0
+	r := startRelay(t, o)
+	r.log = slog.New(slog.DiscardHandler) // the test's own keeps all
+	r.binary("server")
+	for _, share := range []int{2, 5} { // of the growth, may stay
+		before := ownedMemory()
+		var clients [phones]bareClient
+		for i := range clients {
+			clients[i] = dialBare(t, r.addr, "server")
+		}
+		top := ownedMemory()
+		for _, c := range clients {
+			syscall.Close(int(c))
+		}
+		r.settle("all phones are gone", func() bool { return r.metrics.connectedPhones.Load() == 0 })
+		left := 0
+		eventually(t, "memory is given back", func() bool {
+			left = ownedMemory()
+			return left-before <= (top-before)/share
+		})
+		t.Logf("KiB before, at the top, and left: %d, %d, %d", before>>10, top>>10, left>>10)
+	}
 }

@@ -205,7 +205,6 @@ func (l *epollLoop) run() {
 	t := &l.batch
 	events := make([]syscall.EpollEvent, epollEvents)
 	nextTick := int64(0)
-	var sweep []*conn
 	for {
 		wait, stop := l.patience(nextTick)
 		if stop {
@@ -235,11 +234,7 @@ func (l *epollLoop) run() {
 		l.readOn()
 		t.flush()
 		if t.now >= nextTick {
-			sweep = l.snapshot(sweep[:0])
-			for _, c := range sweep {
-				c.tick(t)
-			}
-			clear(sweep)
+			l.each(func(c *conn) { c.tick(t) })
 			t.flush()
 			l.mu.Lock()
 			door := l.front
@@ -269,21 +264,21 @@ func (l *epollLoop) patience(nextTick int64) (ms int, stop bool) {
 	return int(max(0, nextTick-l.relay.now())/1e6) + 1, false
 }
 
-func (l *epollLoop) abortAll() {
-	for _, c := range l.snapshot(nil) {
-		c.abort()
-	}
-}
+func (l *epollLoop) abortAll() { l.each((*conn).abort) }
 
-func (l *epollLoop) snapshot(to []*conn) []*conn {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, c := range l.conns {
-		if c != nil {
-			to = append(to, c)
+// each calls do for every connection, without mu.
+func (l *epollLoop) each(do func(*conn)) {
+	var some [256]*conn
+	for from, n := 0, len(some); n == len(some); from += n {
+		l.mu.Lock()
+		n = copy(some[:], l.conns[min(from, len(l.conns)):])
+		l.mu.Unlock()
+		for _, c := range some[:n] {
+			if c != nil {
+				do(c)
+			}
 		}
 	}
-	return to
 }
 
 func (l *epollLoop) serve(ev *syscall.EpollEvent) {
@@ -381,7 +376,9 @@ func (l *epollLoop) readOn() {
 func (l *epollLoop) release(c *conn, s *epollSocket) {
 	l.mu.Lock()
 	l.conns[s.fd] = nil
-	l.live--
+	if l.live--; l.live == 0 {
+		l.conns = nil // as long as the highest descriptor there was
+	}
 	s.attached = false
 	l.mu.Unlock()
 	c.release(&l.batch)

@@ -461,6 +461,8 @@ func (h *history) note(id string, at int64) {
 		h.at = map[string]int64{}
 	}
 	if _, ok := h.at[id]; !ok {
+		// One as old as its claim would keep a page of memory whose rest has gone.
+		id = strings.Clone(id)
 		if len(h.order) < historySize {
 			h.order = append(h.order, id)
 		} else {
