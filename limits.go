@@ -64,11 +64,34 @@ type budget struct {
 	n     atomic.Int64
 }
 
+// use is what bytes are buffered for: how much of the budget they may fill.
+type use uint8
+
+const (
+	// useBacklog: they wait for a peer that takes nothing, or is not there. The
+	// last eighth is not theirs: phones that do not read must not cost those
+	// who do, nor the binaries, what passes through.
+	useBacklog use = iota
+	// usePassing: what is half received, or goes out with this batch.
+	usePassing
+	// useAlways: control frames and close notices, a few bytes without which
+	// nothing could be ended in order. They are charged whether they fit or not.
+	useAlways
+)
+
 // take charges n bytes if they fit.
-func (b *budget) take(n int) bool {
+func (b *budget) take(n int, u use) bool {
+	limit := b.limit
+	switch u {
+	case useBacklog:
+		limit -= limit / 8
+	case useAlways:
+		b.n.Add(int64(n))
+		return true
+	}
 	for {
 		used := b.n.Load()
-		if used+int64(n) > b.limit {
+		if used+int64(n) > limit {
 			return false
 		}
 		if b.n.CompareAndSwap(used, used+int64(n)) {
@@ -77,8 +100,6 @@ func (b *budget) take(n int) bool {
 	}
 }
 
-// force charges n bytes whether they fit or not.
-func (b *budget) force(n int) { b.n.Add(int64(n)) }
 func (b *budget) give(n int)  { b.n.Add(-int64(n)) }
 func (b *budget) used() int64 { return b.n.Load() }
 

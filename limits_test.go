@@ -299,7 +299,7 @@ func TestBudget(t *testing.T) {
 	for range 8 {
 		wg.Go(func() {
 			for range 5000 {
-				if !b.take(step) {
+				if !b.take(step, usePassing) {
 					continue
 				}
 				now := held.Add(step)
@@ -314,12 +314,15 @@ func TestBudget(t *testing.T) {
 	if most.Load() > limit || b.used() != 0 {
 		t.Fatalf("%d of %d bytes held at once, %d left in the end", most.Load(), limit, b.used())
 	}
-	if !b.take(limit) || b.take(1) {
+	if !b.take(limit, usePassing) || b.take(1, usePassing) {
 		t.Fatal("the budget is not exactly its limit")
 	}
-	b.force(5)
-	if b.used() != limit+5 || b.take(1) {
-		t.Fatalf("%d bytes used after 5 forced ones", b.used())
+	if !b.take(5, useAlways) || b.used() != limit+5 || b.take(1, usePassing) {
+		t.Fatalf("%d bytes used after 5 that always fit", b.used())
+	}
+	b.give(limit + 5)
+	if !b.take(limit*7/8, useBacklog) || b.take(1, useBacklog) || !b.take(limit/8, usePassing) {
+		t.Fatal("a backlog does not have exactly seven eighths")
 	}
 }
 

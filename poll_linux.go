@@ -142,7 +142,7 @@ func (s *epollSocket) attach(first []byte) {
 	if len(first) > 0 {
 		c.paused = true
 		c.rest = &block{b: first, w: len(first), size: -1}
-		l.relay.memory.budget.force(len(first))
+		l.relay.memory.budget.take(len(first), useAlways)
 	}
 	l.mu.Lock()
 	s.attached = true

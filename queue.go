@@ -29,10 +29,8 @@ type memory struct {
 	pools  [len(blockSizes)]sync.Pool
 }
 
-// get returns an empty block for at least n bytes, nil when the budget is
-// spent. With force it is charged all the same: for the few bytes of control
-// frames and close notices, without which nothing could be ended in order.
-func (m *memory) get(n int, force bool) *block {
+// get returns an empty block for at least n bytes, nil when the budget is spent.
+func (m *memory) get(n int, u use) *block {
 	size := int8(-1)
 	for i, c := range blockSizes {
 		if n <= c {
@@ -40,11 +38,8 @@ func (m *memory) get(n int, force bool) *block {
 			break
 		}
 	}
-	if !m.budget.take(n) {
-		if !force {
-			return nil
-		}
-		m.budget.force(n)
+	if !m.budget.take(n, u) {
+		return nil
 	}
 	if size < 0 {
 		return &block{b: make([]byte, n), size: size}
@@ -70,7 +65,7 @@ func (m *memory) grow(k *block, n int) *block {
 	if n <= len(k.b) {
 		return k
 	}
-	big := m.get(n, false)
+	big := m.get(n, usePassing)
 	if big == nil {
 		return nil
 	}
@@ -86,7 +81,7 @@ type queue struct {
 }
 
 // add appends the parts as one, or nothing at all when the budget is spent.
-func (q *queue) add(m *memory, force bool, a, b, c []byte) bool {
+func (q *queue) add(m *memory, u use, a, b, c []byte) bool {
 	n := len(a) + len(b) + len(c)
 	room := 0
 	if q.tail != nil {
@@ -95,7 +90,7 @@ func (q *queue) add(m *memory, force bool, a, b, c []byte) bool {
 	if n > room {
 		// A queue that keeps growing takes larger blocks: fewer of them to
 		// write, and a slow phone's pays for what it holds.
-		k := m.get(max(n-room, min(q.n, 64<<10)), force)
+		k := m.get(max(n-room, min(q.n, 64<<10)), u)
 		if k == nil {
 			return false
 		}

@@ -29,7 +29,7 @@ func TestQueue(t *testing.T) {
 		for range 100 {
 			if random.IntN(2) == 0 {
 				a, b, c := part(), part(), part()
-				if !q.add(m, false, a, b, c) {
+				if !q.add(m, usePassing, a, b, c) {
 					t.Fatal("nothing was added within the budget")
 				}
 				want = append(append(append(want, a...), b...), c...)
@@ -84,14 +84,14 @@ func TestQueueBudget(t *testing.T) {
 	t.Parallel()
 	m := testMemory(int64(blockSizes[0]))
 	var q queue
-	if !q.add(m, false, []byte("head"), nil, nil) {
+	if !q.add(m, usePassing, []byte("head"), nil, nil) {
 		t.Fatal("the first block was refused")
 	}
-	if q.add(m, false, make([]byte, blockSizes[0]/2), make([]byte, blockSizes[0]/2), nil) {
+	if q.add(m, usePassing, make([]byte, blockSizes[0]/2), make([]byte, blockSizes[0]/2), nil) {
 		t.Fatal("more than the budget was added")
 	}
 	checkQueue(t, m, &q, []byte("head"))
-	if !q.add(m, true, make([]byte, blockSizes[0]), nil, nil) {
+	if !q.add(m, useAlways, make([]byte, blockSizes[0]), nil, nil) {
 		t.Fatal("a forced addition was refused")
 	}
 	if m.budget.used() != 2*int64(blockSizes[0]) {
@@ -108,14 +108,14 @@ func TestQueueMoveTo(t *testing.T) {
 	for _, c := range []struct{ from, to string }{{"", ""}, {"a", ""}, {"", "b"}, {"a", "b"}} {
 		m := testMemory(1 << 30)
 		var from, to queue
-		from.add(m, false, []byte(c.from), nil, nil)
-		to.add(m, false, []byte(c.to), nil, nil)
+		from.add(m, usePassing, []byte(c.from), nil, nil)
+		to.add(m, usePassing, []byte(c.to), nil, nil)
 		from.moveTo(&to)
 		checkQueue(t, m, &to, []byte(c.to+c.from))
 		if from != (queue{}) {
 			t.Errorf("%q to %q: something is left behind", c.from, c.to)
 		}
-		to.add(m, false, []byte("more"), nil, nil)
+		to.add(m, usePassing, []byte("more"), nil, nil)
 		checkQueue(t, m, &to, []byte(c.to+c.from+"more"))
 		to.drop(m)
 	}
@@ -127,7 +127,7 @@ func TestBlockSizes(t *testing.T) {
 	for _, c := range []struct{ need, capacity int }{
 		{0, 1152}, {1, 1152}, {1152, 1152}, {1153, 4224}, {16 << 10, 16512}, {64<<10 + 128, 65664}, {256 << 10, 262272}, {262273, 262273}, {1 << 20, 1 << 20},
 	} {
-		k := m.get(c.need, false)
+		k := m.get(c.need, usePassing)
 		if len(k.b) != c.capacity || m.budget.used() != int64(c.capacity) {
 			t.Errorf("for %d bytes: a block of %d, %d charged, want %d", c.need, len(k.b), m.budget.used(), c.capacity)
 		}
@@ -141,7 +141,7 @@ func TestBlockSizes(t *testing.T) {
 func TestBlockGrow(t *testing.T) {
 	t.Parallel()
 	m := testMemory(8 << 10)
-	k := m.get(1, false)
+	k := m.get(1, usePassing)
 	k.w = copy(k.b, "discarded|kept")
 	k.r = len("discarded|")
 	if same := m.grow(k, len(k.b)); same != k {

@@ -79,7 +79,7 @@ func (c *conn) admit(h frameHeader) closeReason {
 
 // keep stores the beginning of a frame until the rest is there.
 func (c *conn) keep(t *batch, data []byte, h frameHeader) {
-	k := c.relay.memory.get(c.capacity(len(data), h), false)
+	k := c.relay.memory.get(c.capacity(len(data), h), usePassing)
 	if k == nil {
 		c.violation(t, endMemoryLimit)
 		return
@@ -183,7 +183,7 @@ func (c *conn) keepRest(t *batch, data []byte) {
 	if c.rest != nil {
 		k = c.relay.memory.grow(c.rest, have+len(data))
 	} else {
-		k = c.relay.memory.get(len(data), false)
+		k = c.relay.memory.get(len(data), usePassing)
 	}
 	if k == nil {
 		c.violation(t, endMemoryLimit)
@@ -229,7 +229,7 @@ func (c *conn) assemble(p []byte) bool {
 	m := &c.relay.memory
 	if c.msg == nil {
 		// One byte at least: an empty first fragment opens a message too.
-		if c.msg = m.get(max(len(p), 1), false); c.msg == nil {
+		if c.msg = m.get(max(len(p), 1), usePassing); c.msg == nil {
 			return false
 		}
 	}

@@ -450,7 +450,7 @@ func (ph *phoneLeg) hold(head, p []byte) closeReason {
 	n := len(head) + len(p) + len(envelopeTail)
 	var room [maxSendHeader + 128]byte
 	front := append(appendFrameHeader(room[:0], opText, n), head...)
-	if !ph.held.add(&ph.relay.memory, false, front, p, envelopeTail) {
+	if !ph.held.add(&ph.relay.memory, useBacklog, front, p, envelopeTail) {
 		return endMemoryLimit
 	}
 	ph.held.frames++

@@ -15,7 +15,7 @@ func (t *batch) addLocked(c *conn) {
 // greet queues the answer to an upgrade, before anybody else knows c: whatever
 // is queued for it from then on comes behind.
 func (c *conn) greet(answer []byte) {
-	c.out.add(&c.relay.memory, true, answer, nil, nil)
+	c.out.add(&c.relay.memory, useAlways, answer, nil, nil)
 	c.queued += uint64(len(answer))
 }
 
@@ -54,7 +54,7 @@ func (c *conn) notice(t *batch, connID string, code uint16) {
 	n := appendCloseNotice(b[maxSendHeader:maxSendHeader], connID, code)
 	var h [maxSendHeader]byte
 	front := appendFrameHeader(h[:0], opText, len(n))
-	c.out.add(&c.relay.memory, true, front, n, nil)
+	c.out.add(&c.relay.memory, useAlways, front, n, nil)
 	c.queued += uint64(len(front) + len(n))
 	c.txFrames++
 	c.txBytes += uint64(len(n))
@@ -69,7 +69,11 @@ func (c *conn) put(t *batch, front, payload, tail []byte) bool {
 		c.flush(t)
 	}
 	if len(payload) < directWrite || c.out.n > 0 || c.broken {
-		if !c.out.add(m, false, front, payload, tail) {
+		u := usePassing
+		if c.blocked != 0 {
+			u = useBacklog
+		}
+		if !c.out.add(m, u, front, payload, tail) {
 			return false
 		}
 		c.queued += uint64(size)
@@ -80,7 +84,7 @@ func (c *conn) put(t *batch, front, payload, tail []byte) bool {
 	}
 	// The budget is asked before the first byte is out: half a message could
 	// neither be completed nor followed by a close frame.
-	if !m.budget.take(size) {
+	if !m.budget.take(size, usePassing) {
 		return false
 	}
 	t.views[0], t.views[1], t.views[2] = front, payload, tail
@@ -90,7 +94,7 @@ func (c *conn) put(t *batch, front, payload, tail []byte) bool {
 		done := min(n, len(p))
 		n -= done
 		if p = p[done:]; len(p) > 0 {
-			c.out.add(m, true, p, nil, nil)
+			c.out.add(m, useAlways, p, nil, nil)
 			c.queued += uint64(len(p))
 		}
 	}
@@ -227,6 +231,6 @@ func (c *conn) queuePong(p []byte) {
 func (c *conn) queueControl(op byte, p []byte) {
 	var b [2 + maxControl]byte
 	f := append(appendFrameHeader(b[:0], op, len(p)), p...)
-	c.out.add(&c.relay.memory, true, f, nil, nil)
+	c.out.add(&c.relay.memory, useAlways, f, nil, nil)
 	c.queued += uint64(len(f))
 }
