@@ -16,7 +16,6 @@ func (r *relay) enter(l leg) bool {
 		return false
 	}
 	r.live[l]++
-	r.trimmer.note(r.live[legBinary] + r.live[legPhone])
 	return true
 }
 
@@ -29,7 +28,6 @@ func (r *relay) leave(l leg) {
 func (r *relay) gone(l leg) {
 	r.mu.Lock()
 	r.live[l]--
-	r.trimmer.note(r.live[legBinary] + r.live[legPhone])
 	wake := r.draining
 	r.mu.Unlock()
 	if wake {

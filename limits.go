@@ -233,13 +233,16 @@ func parseHop(s string) (netip.Addr, bool) {
 // limitIdle is an http.Server's ConnState hook: it keeps net/http at maxWaiting
 // connections that are no session. Of a few the one goes in which nothing has
 // moved for the longest: strangers who dawdle must not lock everybody else out.
-func limitIdle() func(net.Conn, http.ConnState) {
+// It counts them in served.
+func limitIdle(served *atomic.Int64) func(net.Conn, http.ConnState) {
 	var mu sync.Mutex
 	moves := int64(0)
 	last := map[net.Conn]int64{} // the number of the last move of each
 	return func(c net.Conn, s http.ConnState) {
 		mu.Lock()
 		defer mu.Unlock()
+		before := len(last)
+		defer func() { served.Add(int64(len(last) - before)) }()
 		moves++
 		switch _, known := last[c]; {
 		case s == http.StateHijacked || s == http.StateClosed:

@@ -336,7 +336,8 @@ func (c *endConn) Close() error { c.closed = true; return nil }
 
 func TestLimitIdle(t *testing.T) {
 	t.Parallel()
-	hook := limitIdle()
+	var served atomic.Int64
+	hook := limitIdle(&served)
 	var all []*endConn
 	arrive := func() *endConn {
 		c := new(endConn)
@@ -388,6 +389,15 @@ func TestLimitIdle(t *testing.T) {
 				t.Fatal("one that had just moved had to go")
 			}
 		}
+	}
+	if n := served.Load(); n != maxWaiting {
+		t.Errorf("%d are counted, want %d", n, maxWaiting)
+	}
+	for _, c := range all {
+		hook(c, http.StateClosed)
+	}
+	if n := served.Load(); n != 0 {
+		t.Errorf("%d are counted after all have gone", n)
 	}
 }
 

@@ -126,11 +126,11 @@ func serve(ctx context.Context, o options, log *slog.Logger) (code int, err erro
 		r.drain(canceled())
 		return exitFailed, err
 	}
-	doors := []door{serveHTTP(public, r, log, failed)}
+	doors := []door{serveHTTP(public, r, r, failed)}
 	if admin != nil {
 		mux := http.NewServeMux()
 		mux.Handle("GET /metrics", r.metrics)
-		doors = append(doors, serveHTTP(admin, mux, log, failed))
+		doors = append(doors, serveHTTP(admin, mux, r, failed))
 	}
 	log.Info("listening", "addr", addr, "admin", adminAddr, "version", build.version, "instance", id.id)
 	if lock != nil && !o.bypass {
@@ -209,8 +209,8 @@ type door struct {
 	srv *http.Server
 }
 
-// serveHTTP serves h on ln, and reports an end that nobody asked for.
-func serveHTTP(ln net.Listener, h http.Handler, log *slog.Logger, failed chan<- error) door {
+// serveHTTP serves h on ln for r, and reports an end that nobody asked for.
+func serveHTTP(ln net.Listener, h http.Handler, r *relay, failed chan<- error) door {
 	s := &http.Server{
 		Handler:           h,
 		ReadHeaderTimeout: greetTime,
@@ -218,8 +218,8 @@ func serveHTTP(ln net.Listener, h http.Handler, log *slog.Logger, failed chan<- 
 		WriteTimeout:      30 * time.Second,
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    16 << 10, // a request with many cookies; the relay's own is under 1 KiB
-		ConnState:         limitIdle(),
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug),
+		ConnState:         limitIdle(&r.requests),
+		ErrorLog:          slog.NewLogLogger(r.log.Handler(), slog.LevelDebug),
 	}
 	go func() {
 		if err := s.Serve(ln); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {

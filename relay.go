@@ -18,6 +18,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -58,6 +59,7 @@ type relay struct {
 	quit     chan struct{}
 	refusals logGate
 	drops    logGate
+	requests atomic.Int64 // connections that net/http serves
 
 	registry registry
 	trimmer  trimmer
@@ -85,7 +87,6 @@ func newRelay(o options, id identity, version string, instance *instanceState, p
 	r.memory.budget = r.limits.budget
 	r.registry.relay = r
 	r.registry.graces = graces{length: o.grace, now: r.now, expire: r.registry.expire}
-	r.trimmer.grace = o.grace
 	r.metrics = newMetrics(id, readBuildVersion(), instance, r.memory.budget)
 	r.fallback = newGoPoller(r)
 	// One loop moves a million small frames a second; the other half of the
@@ -100,6 +101,7 @@ func newRelay(o options, id identity, version string, instance *instanceState, p
 		}
 		r.loops = append(r.loops, l)
 	}
+	r.trimmer.start(o.grace, r.held)
 	return r, nil
 }
 
