@@ -97,6 +97,7 @@ func serve(ctx context.Context, o options, log *slog.Logger) (code int, err erro
 		defer lock.Close()
 	}
 	warnFileLimit(o, log)
+	defer limitMemory(o)()
 
 	public, err := listen("-listen", o.listen)
 	if err != nil {

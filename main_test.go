@@ -3,6 +3,7 @@ package main
 import (
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"net"
 	"net/http"
@@ -167,6 +168,25 @@ func TestFileLimitBelowConnections(t *testing.T) {
 	p = limited("-max-connections", "36") // and 64 others
 	if strings.Contains(p.stderr.String(), "WARN") {
 		t.Errorf("a warning without a reason:\n%s", p.stderr.String())
+	}
+}
+
+// The options say what memory the process needs, unless the operator does.
+func TestMemoryLimit(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		env, args []string
+		want      int
+	}{
+		{nil, nil, 336 << 20}, // as in the README
+		{nil, []string{"-queue-total", "8388608", "-max-connections", "256"}, 73 << 20},
+		{[]string{"GOMEMLIMIT=100MiB"}, nil, 100 << 20},
+	} {
+		p := startProgram(t, tt.env, tt.args...).listening()
+		_, metrics := fetch(t, "http://"+p.admin+"/metrics")
+		if want := fmt.Sprintf("\npyrycode_relay_memory_limit_bytes %d\n", tt.want); !strings.Contains(metrics, want) {
+			t.Errorf("%v %v: metrics without %q:\n%s", tt.env, tt.args, want, metrics)
+		}
 	}
 }
 

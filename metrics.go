@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"net/http"
 	"runtime"
+	"runtime/debug"
 	"sync/atomic"
 )
 
@@ -90,6 +91,7 @@ func (m *metrics) text() []byte {
 	if n, ok := residentMemory(); ok {
 		e.gauge("resident_memory_bytes", "Memory of this process that is in RAM.", n)
 	}
+	e.gauge("memory_limit_bytes", "What Go's own memory is kept under, if anything else can go.", debug.SetMemoryLimit(-1))
 	if n, ok := openFiles(); ok {
 		e.gauge("open_files", "Open file descriptors.", n)
 	}

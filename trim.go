@@ -1,6 +1,7 @@
 package main
 
 import (
+	"math"
 	"runtime"
 	"runtime/debug"
 	"sync/atomic"
@@ -41,6 +42,19 @@ const (
 	// wave: a few fast streams.
 	dailyBuffers = 16 << 20
 )
+
+// limitMemory makes Go collect in time to stay under what the options need:
+// left alone it may come to twice the bytes that are buffered at the most, where
+// they were freed in buffers of one size and are wanted in another. A limit that
+// GOMEMLIMIT sets stays. undo is for the end.
+func limitMemory(o options) (undo func()) {
+	const others = 64 << 20 // what net/http serves, the log, garbage
+	old := debug.SetMemoryLimit(-1)
+	if old == math.MaxInt64 {
+		debug.SetMemoryLimit(o.queueTotal + int64(o.maxConnections)*sessionCost + others)
+	}
+	return func() { debug.SetMemoryLimit(old) }
+}
 
 // held is trimmer.held of the relay.
 func (r *relay) held() int64 {
