@@ -222,8 +222,7 @@ func (c *conn) finish(t *batch, reason closeReason, code uint16, text string) {
 		wire = 0
 	}
 	f := appendCloseFrame(b[:0], wire, text)
-	c.out.add(&c.relay.memory, useAlways, f, nil, nil)
-	c.queued += uint64(len(f))
+	c.enqueue(useAlways, f, nil, nil)
 	c.pong = nil
 	// A peer that takes nothing has until then to take the close frame.
 	wait := c.relay.o.writeTimeout

@@ -15,8 +15,7 @@ func (t *batch) addLocked(c *conn) {
 // greet queues the answer to an upgrade, before anybody else knows c: whatever
 // is queued for it from then on comes behind.
 func (c *conn) greet(answer []byte) {
-	c.out.add(&c.relay.memory, useAlways, answer, nil, nil)
-	c.queued += uint64(len(answer))
+	c.enqueue(useAlways, answer, nil, nil)
 }
 
 // push queues one TEXT message made of three parts, mu held. Where a limit is
@@ -54,17 +53,24 @@ func (c *conn) notice(t *batch, connID string, code uint16) {
 	n := appendCloseNotice(b[maxSendHeader:maxSendHeader], connID, code)
 	var h [maxSendHeader]byte
 	front := appendFrameHeader(h[:0], opText, len(n))
-	c.out.add(&c.relay.memory, useAlways, front, n, nil)
-	c.queued += uint64(len(front) + len(n))
+	c.enqueue(useAlways, front, n, nil)
 	c.txFrames++
 	c.txBytes += uint64(len(n))
 	t.addLocked(c)
 }
 
+// enqueue appends the parts as one to what waits for the socket, or nothing at
+// all when the budget is spent, mu held.
+func (c *conn) enqueue(u use, front, payload, tail []byte) bool {
+	if !c.out.add(&c.relay.memory, u, front, payload, tail) {
+		return false
+	}
+	c.queued += uint64(len(front) + len(payload) + len(tail))
+	return true
+}
+
 // put writes or queues one message, mu held.
 func (c *conn) put(t *batch, front, payload, tail []byte) bool {
-	m := &c.relay.memory
-	size := len(front) + len(payload) + len(tail)
 	if len(payload) >= directWrite && c.blocked == 0 {
 		c.flush(t)
 	}
@@ -73,10 +79,9 @@ func (c *conn) put(t *batch, front, payload, tail []byte) bool {
 		if c.blocked != 0 {
 			u = useBacklog
 		}
-		if !c.out.add(m, u, front, payload, tail) {
+		if !c.enqueue(u, front, payload, tail) {
 			return false
 		}
-		c.queued += uint64(size)
 		if c.out.n >= flushAt {
 			c.flush(t)
 		}
@@ -84,18 +89,18 @@ func (c *conn) put(t *batch, front, payload, tail []byte) bool {
 	}
 	// The budget is asked before the first byte is out: half a message could
 	// neither be completed nor followed by a close frame.
-	if !m.budget.take(size, usePassing) {
+	budget, size := c.relay.memory.budget, len(front)+len(payload)+len(tail)
+	if !budget.take(size, usePassing) {
 		return false
 	}
 	t.views[0], t.views[1], t.views[2] = front, payload, tail
 	n, err := c.sock.write(t.views[:3])
-	m.budget.give(size)
+	budget.give(size)
 	for _, p := range t.views[:3] {
 		done := min(n, len(p))
 		n -= done
 		if p = p[done:]; len(p) > 0 {
-			c.out.add(m, useAlways, p, nil, nil)
-			c.queued += uint64(len(p))
+			c.enqueue(useAlways, p, nil, nil)
 		}
 	}
 	clear(t.views[:3])
@@ -231,6 +236,5 @@ func (c *conn) queuePong(p []byte) {
 func (c *conn) queueControl(op byte, p []byte) {
 	var b [2 + maxControl]byte
 	f := append(appendFrameHeader(b[:0], op, len(p)), p...)
-	c.out.add(&c.relay.memory, useAlways, f, nil, nil)
-	c.queued += uint64(len(f))
+	c.enqueue(useAlways, f, nil, nil)
 }
