@@ -3,6 +3,7 @@
 package main
 
 import (
+	"net"
 	"syscall"
 	"testing"
 )
@@ -33,6 +34,30 @@ func TestDoorGivesWay(t *testing.T) {
 			if gone := n == 0 && err == nil; gone != (i <= dropped) {
 				t.Fatalf("after %d had to go, number %d is gone: %v", dropped+1, i, gone)
 			}
+		}
+	}
+}
+
+// A connection whose end comes between its request and its session was no
+// upgrade: what was accepted is what is closed, or the books do not agree.
+func TestGoneBeforeItsSession(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	for l, serve := range map[leg]func(caller, net.Conn, []byte, []byte){legBinary: r.serveBinary, legPhone: r.servePhone} {
+		nc, err := r.connect()
+		if err != nil {
+			t.Fatal(err)
+		}
+		nc.Close()
+		if !r.enter(l) || !r.limits.acquireConn() {
+			t.Fatal("no room")
+		}
+		serve(caller{serverID: "gone"}, nc, nil, nil)
+		if failed, accepted := r.metrics.upgrades[l][upgradeFailed].Load(), r.metrics.upgrades[l][upgradeAccepted].Load(); failed != 1 || accepted != 0 {
+			t.Errorf("%v: %d failed and %d accepted, want 1 and 0", l, failed, accepted)
+		}
+		if n := r.count(l); n != 0 || r.limits.current.Load() != 0 {
+			t.Errorf("%v: %d are counted, %d connections", l, n, r.limits.current.Load())
 		}
 	}
 }

@@ -192,7 +192,6 @@ func (r *relay) serve(w http.ResponseWriter, q *http.Request, l leg) {
 		r.leave(l)
 		return
 	}
-	r.countUpgrade(l, who, upgradeAccepted)
 	if l == legBinary {
 		r.serveBinary(who, nc, first, answer)
 	} else {
@@ -336,9 +335,10 @@ func (r *relay) serveBinary(who caller, nc net.Conn, first, answer []byte) {
 	b := &binaryLeg{id: newConnID(), probe: who.probe}
 	b.init(r, b, who.addr)
 	if err := r.loop(who.serverID).bind(&b.conn, nc); err != nil {
-		r.unbound(legBinary, nc, err)
+		r.unbound(legBinary, who, nc, err)
 		return
 	}
+	r.countUpgrade(legBinary, who, upgradeAccepted)
 	b.greet(answer)
 	refused := r.registry.claim(b, who.serverID, who.probe)
 	r.begin(&b.conn, legBinary, b.id, who, refused, refused.String(), first)
@@ -348,16 +348,18 @@ func (r *relay) servePhone(who caller, nc net.Conn, first, answer []byte) {
 	ph := &phoneLeg{id: newConnID(), probe: who.probe}
 	ph.init(r, ph, who.addr)
 	if err := r.loop(who.serverID).bind(&ph.conn, nc); err != nil {
-		r.unbound(legPhone, nc, err)
+		r.unbound(legPhone, who, nc, err)
 		return
 	}
+	r.countUpgrade(legPhone, who, upgradeAccepted)
 	ph.greet(answer)
 	refused, text := r.registry.join(ph, who.serverID)
 	r.begin(&ph.conn, legPhone, ph.id, who, refused, text, first)
 }
 
-// unbound gives up a connection that no poller took.
-func (r *relay) unbound(l leg, nc net.Conn, err error) {
+// unbound gives up a connection that no poller took: its end was found just then.
+func (r *relay) unbound(l leg, who caller, nc net.Conn, err error) {
+	r.countUpgrade(l, who, upgradeFailed)
 	r.log.Error("taking over a connection failed", "leg", l, "error", err)
 	nc.Close()
 	r.leave(l)
