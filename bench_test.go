@@ -1,10 +1,13 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"fmt"
+	"io"
 	"strconv"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 )
@@ -288,4 +291,36 @@ func BenchmarkPipelined(b *testing.B) {
 			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*count), "ns/frame")
 		})
 	}
+}
+
+// BenchmarkFanOut is a stream of 4 KiB messages to eight phones in turn. What
+// there is for the same phone shares a write.
+func BenchmarkFanOut(b *testing.B) {
+	const phones, each, size = 8, 100, 4 << 10
+	r := startRelay(b, testOptions())
+	binary := r.binary("server")
+	var frames [phones][]byte
+	var ends [phones]*pipe
+	for i := range ends {
+		ph := r.phone("server")
+		_, frames[i] = costMessages(size, ph.greet(binary))
+		ends[i] = newPipe(binary, ph, nil, each*framed(size))
+	}
+	in := bytes.Repeat(bytes.Join(frames[:], nil), each)
+	before := r.metrics.socketWrites.Load()
+	for b.Loop() {
+		var readers sync.WaitGroup
+		for _, p := range ends {
+			readers.Go(func() {
+				if _, err := io.ReadFull(p.to.br, p.out); err != nil {
+					b.Error(err)
+				}
+			})
+		}
+		binary.raw(in)
+		readers.Wait()
+	}
+	count := float64(b.N * phones * each)
+	b.ReportMetric(float64(b.Elapsed().Nanoseconds())/count, "ns/frame")
+	b.ReportMetric(float64(r.metrics.socketWrites.Load()-before)/count, "writes/frame")
 }

@@ -11,15 +11,15 @@ import (
 // else has something, and in the order in which they came.
 func TestReadyTakeTurns(t *testing.T) {
 	t.Parallel()
-	l := new(epollLoop)
+	l := &epollLoop{share: 1}
 	var all []*conn
-	for range 2*readyTurns + 1 {
+	for range 2*roundReads + 1 {
 		s := &epollSocket{loop: l, fd: -1, busy: true}
 		s.c = &conn{sock: s}
 		all = append(all, s.c)
 	}
 	l.ready = slices.Clone(all)
-	for _, want := range []int{readyTurns, 2 * readyTurns, len(all), len(all)} {
+	for _, want := range []int{roundReads, 2 * roundReads, len(all), len(all)} {
 		l.readOn()
 		if !slices.Equal(l.ready, all[want:]) {
 			t.Fatalf("%d still wait, want the last %d", len(l.ready), len(all)-want)
