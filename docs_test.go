@@ -230,3 +230,29 @@ func TestDocsLinks(t *testing.T) {
 		}
 	}
 }
+
+// TestDocsTables checks that every table has the line under its head without
+// which it is shown as text, and the head's number of cells in each row.
+func TestDocsTables(t *testing.T) {
+	t.Parallel()
+	rule := regexp.MustCompile(`^\|(:?-+:?\|)+$`)
+	code := regexp.MustCompile("`[^`]*`|\\\\\\|") // a bar in there parts no cells
+	cells := func(line string) int { return strings.Count(code.ReplaceAllString(line, ""), "|") }
+	for _, path := range docPaths(t) {
+		row, head := 0, 0
+		for i, line := range strings.Split(readDoc(t, path), "\n") {
+			if !strings.HasPrefix(line, "|") {
+				row = 0
+				continue
+			}
+			switch row++; {
+			case row == 1:
+				head = cells(line)
+			case row == 2 && !rule.MatchString(line):
+				t.Errorf("%s:%d: a table without |---| under its head", path, i+1)
+			case cells(line) != head:
+				t.Errorf("%s:%d: %d bars, the head has %d", path, i+1, cells(line), head)
+			}
+		}
+	}
+}
