@@ -90,7 +90,7 @@ type goSocket struct {
 	finish   bool   // closeWrite once staged is out
 	writing  bool   // the writer runs
 	staged   []byte // taken over, not yet written
-	inFlight bool   // the writer is writing what was staged before
+	inFlight int    // bytes staged before, which the writer is writing
 	writeErr error
 }
 
@@ -171,7 +171,7 @@ func (s *goSocket) write(bufs [][]byte) (n int, err error) {
 		return 0, s.writeErr
 	}
 	for _, b := range bufs {
-		k := min(len(b), goWriteSize-len(s.staged))
+		k := min(len(b), goWriteSize-len(s.staged)-s.inFlight)
 		s.staged = append(s.staged, b[:k]...)
 		n += k
 		if k < len(b) {
@@ -186,7 +186,7 @@ func (s *goSocket) write(bufs [][]byte) (n int, err error) {
 func (s *goSocket) unsent() bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.inFlight || len(s.staged) > 0
+	return s.inFlight > 0 || len(s.staged) > 0
 }
 
 // startWriter runs the writer if it has something to do, mu held.
@@ -222,12 +222,12 @@ func (s *goSocket) drain() {
 			s.mu.Unlock()
 			return
 		}
-		s.inFlight = true
+		s.inFlight = len(out)
 		s.mu.Unlock()
 		r.metrics.socketWrites.Add(1)
 		_, err := s.nc.Write(out)
 		s.mu.Lock()
-		s.inFlight = false
+		s.inFlight = 0
 		s.writeErr = err
 		s.mu.Unlock()
 		if err != nil {
