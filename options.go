@@ -377,7 +377,12 @@ func parseRelayURL(s string) (*url.URL, error) {
 	if _, err := strconv.ParseUint(u.Port(), 10, 16); u.Port() != "" && err != nil {
 		return nil, fmt.Errorf("want a port up to 65535")
 	}
-	return &url.URL{Scheme: u.Scheme, Host: u.Host}, nil
+	base := &url.URL{Scheme: u.Scheme, Host: u.Host}
+	// net/url reads some bytes in the zone of an address that it does not write so.
+	if again, err := url.Parse(base.String()); err != nil || again.Host != base.Host {
+		return nil, fmt.Errorf("want a host name or an address: %q is neither", u.Host)
+	}
+	return base, nil
 }
 
 func prefixes(p *[]netip.Prefix) setting {
