@@ -334,12 +334,9 @@ func newConnID() string {
 func (r *relay) serveBinary(who caller, nc net.Conn, first, answer []byte) {
 	b := &binaryLeg{id: newConnID(), probe: who.probe}
 	b.init(r, b, who.addr)
-	if err := r.loop(who.serverID).bind(&b.conn, nc); err != nil {
-		r.unbound(legBinary, who, nc, err)
+	if !r.takeOver(&b.conn, legBinary, who, nc, answer) {
 		return
 	}
-	r.countUpgrade(legBinary, who, upgradeAccepted)
-	b.greet(answer)
 	refused := r.registry.claim(b, who.serverID, who.probe)
 	r.begin(&b.conn, legBinary, b.id, who, refused, refused.String(), first)
 }
@@ -347,22 +344,26 @@ func (r *relay) serveBinary(who caller, nc net.Conn, first, answer []byte) {
 func (r *relay) servePhone(who caller, nc net.Conn, first, answer []byte) {
 	ph := &phoneLeg{id: newConnID(), probe: who.probe}
 	ph.init(r, ph, who.addr)
-	if err := r.loop(who.serverID).bind(&ph.conn, nc); err != nil {
-		r.unbound(legPhone, who, nc, err)
+	if !r.takeOver(&ph.conn, legPhone, who, nc, answer) {
 		return
 	}
-	r.countUpgrade(legPhone, who, upgradeAccepted)
-	ph.greet(answer)
 	refused, text := r.registry.join(ph, who.serverID)
 	r.begin(&ph.conn, legPhone, ph.id, who, refused, text, first)
 }
 
-// unbound gives up a connection that no poller took: its end was found just then.
-func (r *relay) unbound(l leg, who caller, nc net.Conn, err error) {
-	r.countUpgrade(l, who, upgradeFailed)
-	r.log.Error("taking over a connection failed", "leg", l, "error", err)
-	nc.Close()
-	r.leave(l)
+// takeOver makes nc c's, and queues the answer to its request. Where no poller
+// takes it, because its end is found just then, it is given up.
+func (r *relay) takeOver(c *conn, l leg, who caller, nc net.Conn, answer []byte) bool {
+	if err := r.loop(who.serverID).bind(c, nc); err != nil {
+		r.countUpgrade(l, who, upgradeFailed)
+		r.log.Error("taking over a connection failed", "leg", l, "error", err)
+		nc.Close()
+		r.leave(l)
+		return false
+	}
+	r.countUpgrade(l, who, upgradeAccepted)
+	c.greet(answer)
+	return true
 }
 
 // begin starts a session, or ends it at once where the registry refused it:
