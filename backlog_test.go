@@ -149,6 +149,10 @@ func TestQueueLimits(t *testing.T) {
 					}
 				}
 				stalled.wantEnd(1011, tt.reason)
+				b.send(id, "1")
+				if got := sibling.message(); got != "1" {
+					t.Errorf("the sibling got %s", got)
+				}
 			})
 		})
 	}

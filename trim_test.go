@@ -113,6 +113,24 @@ func trimAfter(leave func()) {
 	synctest.Wait()
 }
 
+// stop leaves nothing behind, though a trim is planned.
+func TestTrimmerStops(t *testing.T) {
+	forced := func() uint32 {
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.NumForcedGC
+	}
+	synctest.Test(t, func(t *testing.T) {
+		trimAfter(func() {}) // the next one is an hour away
+		before := forced()
+		time.Sleep(2 * time.Hour)
+		synctest.Wait()
+		if n := forced() - before; n != 0 {
+			t.Errorf("%d trims after stop", n)
+		}
+	})
+}
+
 // A trim gives what the wave has left back to the system.
 func TestTrimmerGivesBack(t *testing.T) {
 	const size = 64 << 20
