@@ -80,9 +80,10 @@ type envelope struct {
 
 // parseEnvelope checks a message of a binary and finds its members, in one
 // pass. Of duplicate members the last counts; names are compared exactly, after
-// their escapes; null counts as absent. drop is dropNone, or the first of these
-// that holds: not an envelope, push wake, conn_id missing, close_code invalid,
-// frame missing. fault tells invalid UTF-8 apart.
+// their escapes; null counts as absent, and so does the close_code 0 of a binary
+// that writes every member always. drop is dropNone, or the first of these that
+// holds: not an envelope, push wake, conn_id missing, close_code invalid, frame
+// missing. fault tells invalid UTF-8 apart.
 func parseEnvelope(b []byte) (e envelope, fault jsonFault, drop dropReason) {
 	if !utf8.Valid(b) {
 		return e, jsonBadUTF8, dropNotEnvelope
@@ -102,10 +103,10 @@ func parseEnvelope(b []byte) (e envelope, fault jsonFault, drop dropReason) {
 	e.connID = id
 	if m.closeCode.present() {
 		code, err := strconv.Atoi(string(m.closeCode.raw))
-		if err != nil || !closeCodeAllowed(code) {
+		if err != nil || code != 0 && !closeCodeAllowed(code) {
 			return e, jsonOK, dropBadCloseCode
 		}
-		e.closeCode, e.hasClose = uint16(code), true
+		e.closeCode, e.hasClose = uint16(code), code != 0
 	}
 	if m.frame.present() {
 		e.frame = m.frame.raw

@@ -26,6 +26,8 @@ var hostile = []string{
 	`{"c\u006fnn_id":"a","frame":1}`, `{"conn_id":"\u0061","frame":1}`, `{"conn_id":"\ud800","frame":1}`, `{"conn_id":"a\u0000","frame":1}`, `{"conn_id\u0000":"a","frame":1}`, `{"":"a","frame":1}`,
 	`{"conn_id":"a","close_code":4401.0}`, `{"conn_id":"a","close_code":4.401e3}`, `{"conn_id":"a","close_code":"4401"}`, `{"conn_id":"a","close_code":-1}`, `{"conn_id":"a","close_code":1005}`,
 	`{"conn_id":"a","close_code":99999999999999999999}`, `{"conn_id":"a","close_code":true}`, `{"conn_id":"a","close_code":[4401]}`, `{"conn_id":"a","close_code":-0}`,
+	`{"conn_id":"a","frame":1,"close_code":0}`, `{"conn_id":"a","close_code":0}`, `{"conn_id":"a","frame":1,"close_code":4401,"close_code":0}`, `{"conn_id":"a","frame":1,"close_code":0.0}`,
+	`{"conn_id":"\u0061\n","frame":1}`, `{"conn_id":"\u00e9","frame":1}`, `{"\ufrme":1,"\u0063onn_id":"a","fram\u0065":1}`, `{"\\u0063onn_id":"a","frame":1}`,
 	`{"push_wake":{"token":"t"}}`, `{"push_wake":null}`, `{"push_wake":{},"conn_id":"a","frame":1}`, `{"push_wake":{},"conn_id":7}`, `[{"conn_id":"a","frame":1}]`, `{"conn_id":"a"}`, `{"frame":1}`,
 }
 
@@ -145,10 +147,10 @@ func oracleEnvelope(b []byte) (e envelope, fault jsonFault, drop dropReason) {
 	e.connID = []byte(*id)
 	if v := members["close_code"]; v != nil {
 		var code int
-		if json.Unmarshal(v, &code) != nil || !closeCodeAllowed(code) {
+		if json.Unmarshal(v, &code) != nil || code != 0 && !closeCodeAllowed(code) {
 			return e, jsonOK, dropBadCloseCode
 		}
-		e.closeCode, e.hasClose = uint16(code), true
+		e.closeCode, e.hasClose = uint16(code), code != 0
 	}
 	e.frame = members["frame"]
 	if e.frame == nil && !e.hasClose {
@@ -287,6 +289,9 @@ func TestParseEnvelope(t *testing.T) {
 		{name: "other case", message: `{"Conn_ID":"b","conn_id":"a","FRAME":1,"frame":0}`, connID: "a", frame: `0`, drop: dropNone},
 		{name: "duplicates", message: `{"conn_id":"b","frame":1,"conn_id":"a","frame":0}`, connID: "a", frame: `0`, drop: dropNone},
 		{name: "frame taken back", message: `{"conn_id":"a","frame":1,"frame":null}`, drop: dropNoFrame},
+		{name: "close_code 0, which is none", message: `{"conn_id":"a","frame":0,"close_code":0}`, connID: "a", frame: `0`, drop: dropNone},
+		{name: "close_code 0 and nothing else", message: `{"conn_id":"a","close_code":0}`, drop: dropNoFrame},
+		{name: "close_code taken back", message: `{"conn_id":"a","frame":0,"close_code":4401,"close_code":0}`, connID: "a", frame: `0`, drop: dropNone},
 		{name: "close only", message: `{"conn_id":"a","frame":null,"close_code":4401}`, connID: "a", code: 4401, drop: dropNone},
 		{name: "close without frame", message: `{"conn_id":"a","close_code":4426}`, connID: "a", code: 4426, drop: dropNone},
 		{name: "frame, then close", message: `{"conn_id":"a","frame":"x","close_code":4408}`, connID: "a", frame: `"x"`, code: 4408, drop: dropNone},

@@ -116,10 +116,11 @@ func TestUselessEnvelopes(t *testing.T) {
 		{"close_code with a fraction", opText, `{"conn_id":"ID","frame":1,"close_code":4401.5}`, dropBadCloseCode},
 		{"close_code too large", opText, `{"conn_id":"ID","frame":1,"close_code":99999999999999999999}`, dropBadCloseCode},
 		{"close_code as object", opText, `{"conn_id":"ID","frame":1,"close_code":{}}`, dropBadCloseCode},
+		{"close_code 0 is no close", opText, `{"conn_id":"ID","close_code":0}`, dropNoFrame},
 		{"push wake", opText, `{"push_wake":{"token":"credential"}}`, dropPushWake},
 		{"push wake and frame", opText, `{"frame":1,"push_wake":{"token":"credential"}}`, dropPushWake},
 	}
-	for _, code := range []string{"-1", "0", "1", "999", "1004", "1005", "1006", "1015", "1016", "2999", "5000", "65536"} {
+	for _, code := range []string{"-1", "1", "999", "1004", "1005", "1006", "1015", "1016", "2999", "5000", "65536"} {
 		tests = append(tests, struct {
 			name   string
 			op     byte
