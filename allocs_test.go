@@ -4,6 +4,7 @@ package main
 
 import (
 	"runtime"
+	"strings"
 	"testing"
 )
 
@@ -48,6 +49,25 @@ func TestAllocationsPerFrame(t *testing.T) {
 					t.Errorf("%s/%d: %d bytes came out of %d frames", c.name, n, moved, runs+1)
 				}
 			}
+		}
+	}
+}
+
+// Names that are written with escapes cost the loop about what plain ones do:
+// nothing is allocated to read them.
+func TestAllocationsPerEscapedName(t *testing.T) {
+	for _, c := range []struct{ name, members string }{
+		{"many short ones", strings.Repeat(`"\u0061":0,`, 1000)},
+		{"a long one", `"` + strings.Repeat(`\u0061`, 10_000) + `":0,`},
+	} {
+		message := []byte(`{` + c.members + `"conn_id":"a","\u0066rame":0}`)
+		got := testing.AllocsPerRun(100, func() {
+			if e, _, drop := parseEnvelope(message); drop != dropNone || string(e.frame) != "0" {
+				t.Fatalf("frame %q, drop %d", e.frame, drop)
+			}
+		})
+		if got != 0 {
+			t.Errorf("%s: %v allocations, want none", c.name, got)
 		}
 	}
 }

@@ -159,6 +159,28 @@ func BenchmarkEnvelopeScan(b *testing.B) {
 	}
 }
 
+// BenchmarkEnvelopeNames is an envelope full of members that mean nothing, their
+// names written plainly and with escapes.
+func BenchmarkEnvelopeNames(b *testing.B) {
+	for _, c := range []struct{ name, members string }{
+		{"short/plain", strings.Repeat(`"naming":0,`, 6000)},
+		{"short/escaped", strings.Repeat(`"\u0061":0,`, 6000)},
+		{"long/plain", `"` + strings.Repeat("naming", 10_000) + `":0,`},
+		{"long/escaped", `"` + strings.Repeat(`\u0061`, 10_000) + `":0,`},
+	} {
+		message := []byte(`{` + c.members + `"conn_id":"AAAAAAAAAAAAAAAAAAAAAA","frame":0}`)
+		b.Run(c.name, func(b *testing.B) {
+			b.SetBytes(int64(len(message)))
+			b.ReportAllocs()
+			for b.Loop() {
+				if _, _, drop := parseEnvelope(message); drop != dropNone {
+					b.Fatal(drop)
+				}
+			}
+		})
+	}
+}
+
 // ---- registry ----
 
 // BenchmarkRegistry is one operation while so many server-ids are held, each

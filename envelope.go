@@ -3,7 +3,7 @@ package main
 import (
 	"bytes"
 	"encoding/binary"
-	"encoding/json"
+	"encoding/hex"
 	"math/bits"
 	"strconv"
 	"unicode/utf8"
@@ -134,20 +134,40 @@ func (m member) text() ([]byte, bool) {
 	if len(m.raw) == 0 || m.raw[0] != '"' {
 		return nil, false
 	}
+	s := m.raw[1 : len(m.raw)-1]
 	if m.escapes {
-		return unescape(m.raw), true
+		s = unescape(make([]byte, 0, maxCompared), s)
 	}
-	return m.raw[1 : len(m.raw)-1], true
+	return s, true
 }
 
-// unescape decodes a checked string. No daemon writes a name or a conn_id with
-// escapes; for whoever does, encoding/json is good enough.
-func unescape(quoted []byte) []byte {
-	var s string
-	if json.Unmarshal(quoted, &s) != nil {
-		return nil
+// maxCompared is the longest string that means something here: a conn_id.
+const maxCompared = 64
+
+// unescape decodes a checked string into room. What the relay compares is short
+// and consists of letters, digits, "-" and "_": where a string turns out to be
+// something else it is not read on, and nil, which equals none of them.
+func unescape(room, s []byte) []byte {
+	for i := 0; i < len(s); i++ {
+		c := s[i]
+		if c == '\\' {
+			var u [2]byte
+			if s[i+1] != 'u' {
+				return nil
+			}
+			hex.Decode(u[:], s[i+2:i+6]) // checked
+			if u[0] != 0 || u[1] >= utf8.RuneSelf {
+				return nil
+			}
+			c = u[1]
+			i += 5
+		}
+		if len(room) == cap(room) {
+			return nil
+		}
+		room = append(room, c)
 	}
-	return []byte(s)
+	return room
 }
 
 // slot finds where a member's value belongs; nil for a name that is unknown.
@@ -190,6 +210,7 @@ func (s *scanner) at(i int) byte {
 
 // members reads an object and notes those of its members that count.
 func (s *scanner) members(m *members) int {
+	var room [maxCompared]byte
 	i := s.space(0)
 	if s.at(i) != '{' {
 		return -1
@@ -204,7 +225,7 @@ func (s *scanner) members(m *members) int {
 		}
 		name := s.b[i+1 : end-1]
 		if s.escapes {
-			name = unescape(s.b[i:end])
+			name = unescape(room[:0], name)
 		}
 		if i = s.space(end); s.at(i) != ':' {
 			return -1
