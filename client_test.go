@@ -62,9 +62,6 @@ func startRelayOn(t testing.TB, o options, ln net.Listener) *testRelay {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if ln, err = r.door(ln); err != nil {
-		t.Fatal(err)
-	}
 	r.srv = &http.Server{Handler: r.relay}
 	go r.srv.Serve(ln)
 	r.connect = func() (net.Conn, error) { return net.Dial("tcp", r.addr) }

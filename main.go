@@ -123,10 +123,6 @@ func serve(ctx context.Context, o options, log *slog.Logger) (code int, err erro
 	if lock != nil {
 		lock.serving(r, addr, adminAddr)
 	}
-	if public, err = r.door(public); err != nil {
-		r.drain(canceled())
-		return exitFailed, err
-	}
 	doors := []door{serveHTTP(public, r, r, failed)}
 	if admin != nil {
 		mux := http.NewServeMux()
@@ -254,11 +250,4 @@ func stop(r *relay, doors []door, signals <-chan os.Signal, deadline time.Durati
 	case <-signals:
 		return false
 	}
-}
-
-// canceled is a context that is over.
-func canceled() context.Context {
-	ctx, cancel := context.WithCancel(context.Background())
-	cancel()
-	return ctx
 }

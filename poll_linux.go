@@ -51,7 +51,6 @@ type epollLoop struct {
 	conns    []*conn    // by file descriptor
 	live     int        // of conns
 	inbox    []*conn    // resumed by others
-	front    *front     // nil unless this loop accepts
 	stopping bool
 
 	// Owned by the loop.
@@ -67,7 +66,6 @@ type epollSocket struct {
 	c    *conn
 	fd   int // -1 once closed; written by the loop under c.mu
 
-	watched  bool // in the loop's epoll set before attach
 	attached bool // guarded by loop.mu
 
 	// Owned by the loop.
@@ -111,11 +109,6 @@ func (l *epollLoop) closeFiles() {
 func (l *epollLoop) bind(c *conn, nc net.Conn) error {
 	s := &epollSocket{loop: l, c: c}
 	switch nc := nc.(type) {
-	case fdConn:
-		s.fd = nc.fd
-		if s.watched = nc.loop == l; !s.watched {
-			syscall.EpollCtl(nc.loop.epfd, syscall.EPOLL_CTL_DEL, nc.fd, nil)
-		}
 	case *net.TCPConn:
 		fd, err := dupSocket(nc)
 		if err != nil {
@@ -156,10 +149,8 @@ func (s *epollSocket) attach(first []byte) {
 	}
 	l.conns[s.fd] = c
 	l.live++
-	var err error
-	if s.watched {
-		c.paused = true // the event for what is there is over
-	} else if err = l.watch(s.fd); err != nil {
+	err := l.watch(s.fd)
+	if err != nil {
 		s.hup = true
 		c.paused = true
 	}
@@ -213,9 +204,6 @@ func (l *epollLoop) run() {
 	for {
 		wait, stop := l.patience(nextTick)
 		if stop {
-			if l.front != nil {
-				l.front.dismissAll()
-			}
 			return
 		}
 		n, err := syscall.EpollWait(l.epfd, events, wait)
@@ -243,12 +231,6 @@ func (l *epollLoop) run() {
 		if t.now >= nextTick {
 			l.each(func(c *conn) { c.tick(t) })
 			t.flush()
-			l.mu.Lock()
-			door := l.front
-			l.mu.Unlock()
-			if door != nil {
-				door.tick(t.now)
-			}
 			nextTick = t.now + l.relay.tick
 		}
 	}
@@ -265,7 +247,7 @@ func (l *epollLoop) patience(nextTick int64) (ms int, stop bool) {
 		return 0, false
 	}
 	l.sleeping.Store(true)
-	if l.live == 0 && (l.front == nil || l.front.quiet()) {
+	if l.live == 0 {
 		return -1, false
 	}
 	return int(max(0, nextTick-l.relay.now())/1e6) + 1, false
@@ -299,13 +281,9 @@ func (l *epollLoop) serve(ev *syscall.EpollEvent) {
 	if int(ev.Fd) < len(l.conns) {
 		c = l.conns[ev.Fd]
 	}
-	door := l.front
 	l.mu.Unlock()
 	if c == nil {
-		if door != nil {
-			door.serve(int(ev.Fd))
-		}
-		return // or closed earlier in this round
+		return // closed earlier in this round
 	}
 	s := c.sock.(*epollSocket)
 	const gone = syscall.EPOLLRDHUP | syscall.EPOLLHUP | syscall.EPOLLERR
@@ -335,7 +313,7 @@ func (l *epollLoop) read(c *conn) {
 			return
 		}
 		into := c.want()
-		n, err := recv(s.fd, into, l.buf, 0)
+		n, err := recv(s.fd, into, l.buf)
 		l.relay.metrics.socketReads.Add(1)
 		switch {
 		case err == syscall.EAGAIN:

@@ -3,6 +3,7 @@
 package main
 
 import (
+	"net"
 	"slices"
 	"testing"
 )
@@ -28,6 +29,30 @@ func TestReadyTakeTurns(t *testing.T) {
 			if waits := c.sock.(*epollSocket).busy; waits != (i >= want) {
 				t.Fatalf("number %d waits: %v, when %d had their turn", i, waits, want)
 			}
+		}
+	}
+}
+
+// A connection whose end comes between its request and its session was no
+// upgrade: what was accepted is what is closed, or the books do not agree.
+func TestGoneBeforeItsSession(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	for l, serve := range map[leg]func(caller, net.Conn, []byte, []byte){legBinary: r.serveBinary, legPhone: r.servePhone} {
+		nc, err := r.connect()
+		if err != nil {
+			t.Fatal(err)
+		}
+		nc.Close()
+		if !r.enter(l) || !r.limits.acquireConn() {
+			t.Fatal("no room")
+		}
+		serve(caller{serverID: "gone"}, nc, nil, nil)
+		if failed, accepted := r.metrics.upgrades[l][upgradeFailed].Load(), r.metrics.upgrades[l][upgradeAccepted].Load(); failed != 1 || accepted != 0 {
+			t.Errorf("%v: %d failed and %d accepted, want 1 and 0", l, failed, accepted)
+		}
+		if n := r.count(l); n != 0 || r.limits.current.Load() != 0 {
+			t.Errorf("%v: %d are counted, %d connections", l, n, r.limits.current.Load())
 		}
 	}
 }

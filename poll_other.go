@@ -2,10 +2,5 @@
 
 package main
 
-import "net"
-
 // newPoller returns the poller for TCP connections.
 func newPoller(r *relay) (poller, error) { return newGoPoller(r), nil }
-
-// door returns the listener for net/http: all of it.
-func (r *relay) door(ln net.Listener) (net.Listener, error) { return ln, nil }

@@ -33,19 +33,19 @@ func dupSocket(s syscall.Conn) (int, error) {
 }
 
 // recv reads into a, then b.
-func recv(fd int, a, b []byte, flags int) (int, error) {
-	flags |= syscall.MSG_DONTWAIT
+func recv(fd int, a, b []byte) (int, error) {
+	const flags = syscall.MSG_DONTWAIT
 	var n uintptr
 	var errno syscall.Errno
 	if len(a) == 0 {
-		n, _, errno = syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), uintptr(flags), 0, 0)
+		n, _, errno = syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), flags, 0, 0)
 	} else {
 		iov := [2]syscall.Iovec{{Base: unsafe.SliceData(a)}, {Base: unsafe.SliceData(b)}}
 		iov[0].SetLen(len(a))
 		iov[1].SetLen(len(b))
 		m := syscall.Msghdr{Iov: &iov[0]}
 		setCount(&m.Iovlen, len(iov))
-		n, _, errno = syscall.RawSyscall(syscall.SYS_RECVMSG, uintptr(fd), uintptr(unsafe.Pointer(&m)), uintptr(flags))
+		n, _, errno = syscall.RawSyscall(syscall.SYS_RECVMSG, uintptr(fd), uintptr(unsafe.Pointer(&m)), flags)
 	}
 	if errno != 0 {
 		return 0, errno
