@@ -69,7 +69,17 @@ func (a *authority) make(c *x509.Certificate) (*ecdsa.PrivateKey, *x509.Certific
 // server is a server's configuration for localhost, or another name, whose certificate
 // ends in so long.
 func (a *authority) server(left time.Duration, name string) *tls.Config {
-	key, cert := a.make(&x509.Certificate{DNSNames: []string{name}, NotBefore: time.Now().Add(-900 * time.Hour), NotAfter: time.Now().Add(left)})
+	return a.serve(&x509.Certificate{DNSNames: []string{name}, NotBefore: time.Now().Add(-900 * time.Hour), NotAfter: time.Now().Add(left)})
+}
+
+// serverFor is a server's configuration for localhost, whose certificate has a
+// whole life of which so much is left.
+func (a *authority) serverFor(life, left time.Duration) *tls.Config {
+	return a.serve(&x509.Certificate{DNSNames: []string{"localhost"}, NotBefore: time.Now().Add(left - life), NotAfter: time.Now().Add(left)})
+}
+
+func (a *authority) serve(c *x509.Certificate) *tls.Config {
+	key, cert := a.make(c)
 	return &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{cert.Raw}, PrivateKey: key}}}
 }
 

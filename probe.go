@@ -22,13 +22,15 @@ import (
 // of each step whether it works and, if not, what to do.
 
 const (
-	// probeConnections fit in the -rate-burst of one address.
-	probeConnections = 20
+	// probeConnections are half of the -rate-burst of one address: the rest is for
+	// the other phones of a household, or for a second probe.
+	probeConnections = 10
 	roundTrips       = 20
 	// largeFrame is what apps send at the most, rounded up.
 	largeFrame = 200 << 10
-	// certificateDays before its end a certificate should have been renewed.
-	certificateDays = 14
+	// renewalShare of its life before its end a certificate should have been
+	// renewed: what renews them does it there, of six days as of ninety.
+	renewalShare = 3
 	// maxRateWait is the longest Retry-After that is waited for.
 	maxRateWait = 2 * time.Minute
 )
@@ -61,7 +63,7 @@ func runProbe(ctx context.Context, args []string, stdout, stderr io.Writer) int 
 	asJSON := false
 	fs := flag.NewFlagSet("probe", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
-	fs.Var(number(&p.n, 2, 1000), "n", "`connections`, one claim and the rest phones; more than 20 wait for the relay's rate limit")
+	fs.Var(number(&p.n, 2, 1000), "n", "`connections`, one claim and the rest phones; everybody behind one address shares the relay's rate limit, 20 at once by default")
 	fs.Var(duration(&p.idle, 0, time.Hour), "idle", "`duration` of silence that the path has to survive; 0s leaves that out")
 	fs.Var(truthValue(&asJSON), "json", "one JSON object instead of text")
 	target, err := parseProbe(fs, args)

@@ -121,6 +121,10 @@ func TestProbeWarns(t *testing.T) {
 	}{
 		{"a certificate that ends soon", "wss://" + onLocalhost(startBalancer(t, ca.server(13*24*time.Hour, "localhost"), always(r.addr)).addr),
 			"tls", "for 12 days", "renew the certificate now"},
+		{"a certificate of ninety days with less than a third of them left", "wss://" + onLocalhost(startBalancer(t, ca.serverFor(90*24*time.Hour, 29*24*time.Hour), always(r.addr)).addr),
+			"tls", "for 28 days", "renew the certificate now"},
+		{"a certificate of six days with less than a third of them left", "wss://" + onLocalhost(startBalancer(t, ca.serverFor(6*24*time.Hour, 47*time.Hour), always(r.addr)).addr),
+			"tls", "for 46h", "renew the certificate now"},
 		{"no instance header", "ws://" + nameless.addr, "headers", "x-pyrycode-relay-instance", "pass the relay's answer headers on"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -131,6 +135,21 @@ func TestProbeWarns(t *testing.T) {
 				t.Errorf("step %s is %+v, want a warning with %q and %q:\n%s", tt.step, s, tt.detail, tt.remedy, p.text)
 			}
 		})
+	}
+}
+
+// TestProbeTakesShortCertificates: authorities give some for six days, which are
+// renewed when a third of that is left.
+func TestProbeTakesShortCertificates(t *testing.T) {
+	t.Parallel()
+	const day = 24 * time.Hour
+	ca := newAuthority(t)
+	r := startRelay(t, testOptions())
+	for _, tt := range []struct{ life, left time.Duration }{{6 * day, 5 * day}, {6 * day, 49 * time.Hour}, {45 * day, 16 * day}, {90 * day, 31 * day}} {
+		p := runSteps(t, "wss://"+onLocalhost(startBalancer(t, ca.serverFor(tt.life, tt.left), always(r.addr)).addr), 2, 0, ca.client())
+		if s := p.step("tls"); !p.ok || s.Verdict != stepOK || s.Remedy != "" {
+			t.Errorf("a certificate of %v with %v left: %+v", tt.life, tt.left, s)
+		}
 	}
 }
 
@@ -153,12 +172,22 @@ func TestProbeWaitsForItsTurn(t *testing.T) {
 	}
 }
 
-func TestProbeDefaultFitsOneBurst(t *testing.T) {
+// TestProbeLeavesHalfTheBurst: everybody behind one address shares its burst. A
+// probe leaves half of it, so that two in a row do not wait.
+func TestProbeLeavesHalfTheBurst(t *testing.T) {
 	t.Parallel()
-	r := startRelay(t, defaultOptions())
-	var out, progress bytes.Buffer
-	if code := run(t.Context(), []string{"probe", "ws://" + r.addr}, noEnv, &out, &progress); code != exitStopped || progress.Len() > 0 {
-		t.Errorf("exit code %d, progress %q:\n%s", code, progress.String(), out.String())
+	o := defaultOptions()
+	o.ratePerMinute = 1 // nothing comes back meanwhile
+	r := startRelay(t, o)
+	for i := range 2 {
+		var out, progress bytes.Buffer
+		if code := run(t.Context(), []string{"probe", "ws://" + r.addr}, noEnv, &out, &progress); code != exitStopped || progress.Len() > 0 {
+			t.Errorf("probe %d: exit code %d, progress %q:\n%s", i+1, code, progress.String(), out.String())
+		}
+		used := r.metrics.upgrades[legBinary][upgradeAccepted].Load() + r.metrics.upgrades[legPhone][upgradeAccepted].Load()
+		if most := int64((i + 1) * o.rateBurst / 2); used > most {
+			t.Errorf("after probe %d: %d upgrades were asked for, want %d at most", i+1, used, most)
+		}
 	}
 }
 

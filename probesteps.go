@@ -75,7 +75,7 @@ func (p *probe) certificate(t *trip, took string) {
 	end := c.NotAfter
 	p.report.CertificateExpires = &end
 	s := probeStep{"tls", stepOK, fmt.Sprintf("%s, certificate good until %s, for %s (%s)", tls.VersionName(t.tls.Version), day(end), age(left), took), ""}
-	if left < certificateDays*24*time.Hour {
+	if left < end.Sub(c.NotBefore)/renewalShare {
 		s.Verdict, s.Remedy = stepWarn, "renew the certificate now, and find out why that did not happen by itself"
 	}
 	p.add(s)
