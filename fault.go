@@ -10,9 +10,11 @@ import (
 	"net/http"
 	"net/url"
 	"os"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
+	"unicode/utf8"
 )
 
 // What stands between a client and a relay, in the words of whoever has to
@@ -21,8 +23,47 @@ import (
 // fault is something that is wrong, and what to do about it.
 type fault struct{ what, remedy string }
 
+const (
+	// maxQuoted is how much is shown of one thing that came from outside.
+	maxQuoted = 120
+	// maxPlain is how much of one line is shown.
+	maxPlain = 500
+)
+
+// quote shows what came from outside so that nobody takes it for our own words:
+// a string of Go with at most maxQuoted bytes of it.
+func quote(s string) string {
+	if len(s) > maxQuoted {
+		s = s[:maxQuoted] + "…"
+	}
+	return strconv.Quote(s)
+}
+
+// plain escapes what a terminal would act on: control characters, and those that
+// change the direction of text. Errors of other packages hold what a server said.
+func plain(s string) string {
+	var b strings.Builder
+	for i, r := range s {
+		switch {
+		case i >= maxPlain:
+			return b.String() + "…"
+		case r == utf8.RuneError || strconv.IsPrint(r):
+			b.WriteRune(r)
+		default:
+			b.WriteString(strings.Trim(strconv.QuoteRune(r), "'"))
+		}
+	}
+	return b.String()
+}
+
 // explain tells what a failed dial, or a session's early end, means.
 func explain(base *url.URL, err error) fault {
+	f := explainStep(base, err)
+	f.what = plain(f.what)
+	return f
+}
+
+func explainStep(base *url.URL, err error) fault {
 	var e *dialError
 	if !errors.As(err, &e) {
 		return explainEnd(err)
@@ -83,7 +124,7 @@ func explainTLS(base *url.URL, err error) fault {
 		return fault{fmt.Sprintf("the certificate expired on %s, %s ago", day(c.NotAfter), age(now.Sub(c.NotAfter))),
 			"renew the certificate, have the proxy load it, and find out why that did not happen by itself; check this machine's clock"}
 	case errors.As(err, &name):
-		return fault{fmt.Sprintf("the certificate is for %s, not for %s", cmp.Or(strings.Join(name.Certificate.DNSNames, ", "), "no name"), base.Hostname()),
+		return fault{fmt.Sprintf("the certificate is for %s, not for %s", certificateNames(name.Certificate), base.Hostname()),
 			"give the proxy a certificate for " + base.Hostname() + ", or use a name that the certificate has"}
 	case errors.As(err, &unknown):
 		return fault{"the certificate's issuer is not trusted here",
@@ -96,16 +137,30 @@ func explainTLS(base *url.URL, err error) fault {
 	return fault{"the TLS handshake failed: " + err.Error(), "check that the port speaks TLS, and what the proxy logs"}
 }
 
+// certificateNames lists the first names that a certificate is for.
+func certificateNames(c *x509.Certificate) string {
+	const shown = 5
+	var names []string
+	for i, n := range c.DNSNames {
+		if i == shown {
+			names = append(names, "…")
+			break
+		}
+		names = append(names, quote(n))
+	}
+	return cmp.Or(strings.Join(names, ", "), "no name")
+}
+
 // passUpgrade is what proxies forget.
 const passUpgrade = `have the proxy pass the upgrade on (nginx: proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection "upgrade";)`
 
 // explainAnswer tells what an answer other than a good 101 means.
 func explainAnswer(base *url.URL, a *answer, err error) fault {
 	if a.code == http.StatusSwitchingProtocols {
-		return fault{fmt.Sprintf("%q is no good upgrade: %v", a.status, err), "have the proxy leave the answer's Upgrade, Connection and Sec-WebSocket-Accept as the relay sent them"}
+		return fault{fmt.Sprintf("%s is no good upgrade: %v", quote(a.status), err), "have the proxy leave the answer's Upgrade, Connection and Sec-WebSocket-Accept as the relay sent them"}
 	}
 	if _, relay := a.identity(); relay {
-		what := fmt.Sprintf("the relay refuses with %q: %s", a.status, a.text)
+		what := fmt.Sprintf("the relay refuses with %s: %s", quote(a.status), quote(a.text))
 		switch a.code {
 		case http.StatusUpgradeRequired:
 			return fault{what, passUpgrade}
@@ -116,13 +171,17 @@ func explainAnswer(base *url.URL, a *answer, err error) fault {
 		}
 		return fault{what, "wait, and try again"}
 	}
-	what := fmt.Sprintf("something that is not a relay answers %q", a.status)
+	what := "something that is not a relay answers " + quote(a.status)
 	if s := a.header.Get("Server"); s != "" {
-		what += fmt.Sprintf(" (server: %.40s)", s)
+		what += " (server: " + quote(s) + ")"
 	}
 	switch c := a.code; {
 	case c >= 300 && c < 400:
-		return fault{what + ", a redirect to " + cmp.Or(a.header.Get("Location"), "nowhere"), "use the address it leads to: peers follow no redirect"}
+		where := "nowhere"
+		if s := a.header.Get("Location"); s != "" {
+			where = quote(s)
+		}
+		return fault{what + ", a redirect to " + where, "use the address it leads to: peers follow no redirect"}
 	case c == http.StatusUnauthorized || c == http.StatusForbidden || c == http.StatusProxyAuthRequired:
 		return fault{what, "let /v1/ and /v2/ through to the relay without a login"}
 	case c == http.StatusTooManyRequests:

@@ -2,12 +2,14 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
+	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
@@ -17,6 +19,7 @@ import (
 	"net/http/httptest"
 	"net/url"
 	"os"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -149,7 +152,7 @@ func TestProbeFails(t *testing.T) {
 		{name: "expired certificate", target: func(t *testing.T) string { return secured(t, -72*time.Hour, "localhost") }, config: ca.client(),
 			step: "tls", detail: "the certificate expired on " + day(time.Now().Add(-72*time.Hour)) + ", 3 days ago", remedy: "renew the certificate"},
 		{name: "certificate for another name", target: func(t *testing.T) string { return secured(t, 1000*time.Hour, "other.test") }, config: ca.client(),
-			step: "tls", detail: "the certificate is for other.test, not for localhost", remedy: "a certificate for localhost"},
+			step: "tls", detail: `the certificate is for "other.test", not for localhost`, remedy: "a certificate for localhost"},
 		{name: "certificate that nobody trusts", target: func(t *testing.T) string { return secured(t, 1000*time.Hour, "localhost") },
 			step: "tls", detail: "issuer is not trusted", remedy: "fullchain.pem"},
 		{name: "tls to a port without", target: func(t *testing.T) string { return "wss://" + relay.addr },
@@ -162,11 +165,11 @@ func TestProbeFails(t *testing.T) {
 		},
 			step: "upgrade", detail: "400 Bad Request", remedy: "use wss://"},
 		{name: "a web server", target: func(t *testing.T) string { return status(t, 404, "Server", "nginx") },
-			step: "upgrade", detail: `something that is not a relay answers "HTTP/1.1 404 Not Found" (server: nginx)`, remedy: "pass /v1/ and /v2/ on"},
+			step: "upgrade", detail: `something that is not a relay answers "HTTP/1.1 404 Not Found" (server: "nginx")`, remedy: "pass /v1/ and /v2/ on"},
 		{name: "a page", target: func(t *testing.T) string { return status(t, 200) },
 			step: "upgrade", detail: "200 OK", remedy: "correct the address"},
 		{name: "a redirect", target: func(t *testing.T) string { return status(t, 301, "Location", "https://www.test/") },
-			step: "upgrade", detail: "a redirect to https://www.test/", remedy: "follow no redirect"},
+			step: "upgrade", detail: `a redirect to "https://www.test/"`, remedy: "follow no redirect"},
 		{name: "a login", target: func(t *testing.T) string { return status(t, 401) },
 			step: "upgrade", detail: "401", remedy: "without a login"},
 		{name: "a proxy whose relay is down", target: func(t *testing.T) string { return status(t, 502) },
@@ -216,7 +219,7 @@ func TestProbeFails(t *testing.T) {
 			o.maxFrame = 64 << 10
 			return "ws://" + startRelay(t, o).addr
 		},
-			step: "large frame", detail: "closed 1009 message too big", remedy: "raise what limits messages in the proxy, and -max-frame"},
+			step: "large frame", detail: `closed 1009 "message too big"`, remedy: "raise what limits messages in the proxy, and -max-frame"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -231,6 +234,73 @@ func TestProbeFails(t *testing.T) {
 			}
 			if !strings.Contains(p.text, "FAIL     "+tt.step) || !strings.Contains(p.text, "→ "+s.Remedy) || !strings.Contains(p.text, "does not work from here") {
 				t.Errorf("the text does not say so:\n%s", p.text)
+			}
+		})
+	}
+}
+
+// TestProbeQuotesStrangers: nothing that a server says reaches a terminal as it
+// is, and nothing of it can be taken for the probe's own words.
+func TestProbeQuotesStrangers(t *testing.T) {
+	t.Parallel()
+	ca := newAuthority(t)
+	relay := startRelay(t, testOptions())
+	// Escape sequences, C1 controls, text that turns its direction, no UTF-8.
+	const evil = "\x1b]0;x\a\x1b[2J\u009b2J\u202eok\u2066\x7f\xff"
+	const same = "HTTP/1.1 403 No\r\n" + instanceHeader + ": 0123456789abcdef, 9999-12-31T23:59:59-23:00\r\nContent-Length: %d\r\n\r\n%s"
+	raw := func(answer string) string { return "ws://" + rawServer(t, answer) }
+	closing := startBalancer(t, nil, always(relay.addr))
+	closing.reply = func(head string) string {
+		return head + "\x88" + string(rune(2+len(evil))) + "\x03\xe9" + evil
+	}
+	greeting := startBalancer(t, nil, always(relay.addr))
+	greeting.reply = func(head string) string { return strings.Replace(head, "Switching Protocols", evil, 1) }
+	for _, tt := range []struct {
+		name, target string
+		shown        string // of what is quoted
+	}{
+		{"status", raw("HTTP/1.1 404 " + evil + "\r\n\r\n"), `"HTTP/1.1 404 \x1b]0;x\a\x1b[2J\u009b2J\u202eok\u2066\x7f\xff"`},
+		{"status without end", raw("HTTP/1.1 404 " + strings.Repeat(evil, 50) + "\r\n\r\n"), `…"`},
+		{"head without end", raw("HTTP/1.1 404 No\r\nX: " + strings.Repeat("x", 1<<20)), "xxx…"},
+		{"body", raw(fmt.Sprintf(strings.Replace(same, "-23:00", "Z", 1), len(evil), evil)), `No": "\x1b]0;x`},
+		{"start time", raw(fmt.Sprintf(same, 0, "")), "not a relay"},
+		{"location", raw("HTTP/1.1 302 Found\r\nLocation: /\u009b2J\u202eok\r\n\r\n"), `a redirect to "/\u009b2J\u202eok"`},
+		{"server", raw("HTTP/1.1 404 No\r\nServer: " + "\u009b2J\u202eok" + "\r\n\r\n"), `(server: "\u009b2J\u202eok")`},
+		{"no http", raw(evil + "\r\n\r\n"), "no HTTP answer"},
+		{"close reason", "ws://" + closing.addr, `closed 1001 "\x1b]0;x`},
+		{"101", "ws://" + greeting.addr, `101 \x1b]0;x`},
+		{"certificate", "wss://" + onLocalhost(startBalancer(t, ca.server(time.Hour, "a\x1b[2J.test"), always(relay.addr)).addr), `for "a\x1b[2J.test", not`},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			base, err := parseProbeURL(tt.target)
+			if err != nil {
+				t.Fatal(err)
+			}
+			for _, asJSON := range []bool{false, true} {
+				var out, progress bytes.Buffer
+				p := probe{base: base, n: 2, tls: ca.client(), shows: &probeOutput{out: &out, progress: &progress, json: asJSON}}
+				p.run(t.Context())
+				shown := out.String()
+				if asJSON {
+					var report probeReport
+					if err := json.Unmarshal(out.Bytes(), &report); err != nil {
+						t.Fatalf("%q: %v", shown, err)
+					}
+					shown = fmt.Sprint(report.Steps)
+				}
+				if !strings.Contains(shown, tt.shown) {
+					t.Errorf("json %v: %q lacks %q", asJSON, shown, tt.shown)
+				}
+				for line := range strings.Lines(out.String() + progress.String()) {
+					line = strings.TrimSuffix(line, "\n")
+					if i := strings.IndexFunc(line, func(r rune) bool { return !strconv.IsPrint(r) }); i >= 0 {
+						t.Errorf("json %v: raw %q in %q", asJSON, line[i:], line)
+					}
+					if len(line) > 3000 {
+						t.Errorf("json %v: a line of %d bytes", asJSON, len(line))
+					}
+				}
 			}
 		})
 	}
@@ -286,7 +356,7 @@ func TestExplainNames(t *testing.T) {
 		{&dialError{stepTCP, &trip{}, syscall.EHOSTUNREACH}, "no route to host", "route"},
 		{&dialError{stepTLS, &trip{}, tls.AlertError(40)}, "refused the TLS handshake", "a certificate for relay.test"},
 		{&dialError{stepTLS, &trip{}, io.EOF}, "the TLS handshake failed: EOF", "speaks TLS"},
-		{&endError{code: 1001, reason: "shutting down"}, "closed 1001 shutting down", "relay's log"},
+		{&endError{code: 1001, reason: "shutting down"}, `closed 1001 "shutting down"`, "relay's log"},
 		{&endError{code: 1006, err: io.EOF}, "connection lost: EOF", "proxy's log"},
 	} {
 		if f := explain(base, tt.err); !strings.Contains(f.what, tt.what) || !strings.Contains(f.remedy, tt.remedy) {

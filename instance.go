@@ -39,7 +39,11 @@ func parseIdentity(s string) (identity, error) {
 	if err != nil {
 		return identity{}, fmt.Errorf("start time of instance %s: %w", id, err)
 	}
-	return identity{id, started.UTC()}, nil
+	// Any other year cannot be written again, not even as JSON.
+	if started = started.UTC(); started.Year() < 1 || started.Year() > 9999 {
+		return identity{}, fmt.Errorf("start time of instance %s: %q is no such time", id, at)
+	}
+	return identity{id, started}, nil
 }
 
 // olderThan decides which of two instances stays: the one that started first,

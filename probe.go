@@ -179,7 +179,10 @@ func (p *probe) fail(name string, f fault) {
 	p.add(probeStep{name, stepFail, f.what, f.remedy})
 }
 
+// add shows a step. What is in it of others has been quoted; whatever slipped in
+// otherwise does nothing to a terminal.
 func (p *probe) add(s probeStep) {
+	s.Detail, s.Remedy = plain(s.Detail), plain(s.Remedy)
 	p.report.Steps = append(p.report.Steps, s)
 	p.shows.step(s)
 }

@@ -59,7 +59,7 @@ func (p *probe) way(step dialStep, t *trip) {
 	case stepTLS:
 		p.certificate(t, took)
 	case stepUpgrade:
-		p.pass("upgrade", fmt.Sprintf("%s (%s)", t.answer.status, took))
+		p.pass("upgrade", fmt.Sprintf("%s (%s)", quote(t.answer.status), took))
 	}
 }
 

@@ -206,7 +206,7 @@ func (p *publicPath) open(ctx context.Context, l leg, id string) (*wsPeer, reach
 		return peer, reach{kind: reachOther, who: who}
 	case a != nil:
 		if err == nil {
-			err = fmt.Errorf("%q comes without %s: a relay of an older version, or a proxy that takes that header away", a.status, instanceHeader)
+			err = fmt.Errorf("%s comes without %s: a relay of an older version, or a proxy that takes that header away", quote(a.status), instanceHeader)
 		}
 		return peer, reach{reachStranger, identity{}, err}
 	}

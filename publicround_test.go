@@ -100,7 +100,7 @@ func TestPublicRound(t *testing.T) {
 		{name: "another relay, and otherwise nothing", want: publicSplit, other: true, start: func(t *testing.T, p pair) string {
 			return startBalancer(t, nil, inTurn("", p.other.addr)).addr
 		}},
-		{name: "a web server", want: publicNotARelay, what: `"HTTP/1.1 404 Not Found" (server: nginx)`, start: func(t *testing.T, p pair) string {
+		{name: "a web server", want: publicNotARelay, what: `"HTTP/1.1 404 Not Found" (server: "nginx")`, start: func(t *testing.T, p pair) string {
 			return webServer(t, nginx(404))
 		}},
 		{name: "a proxy without a relay", want: publicNotARelay, what: "does not reach a relay", start: func(t *testing.T, p pair) string {

@@ -25,6 +25,8 @@ const (
 	byeTime = 2 * time.Second
 	// maxHeard is the largest message taken, the daemon's own limit.
 	maxHeard = 1 << 20
+	// maxHead is far more than the head of an answer has.
+	maxHead = 64 << 10
 	// maxRefusal is how much of a refusal's body is looked at.
 	maxRefusal = 512
 )

@@ -34,7 +34,10 @@ func (e *endError) Error() string {
 	if e.err != nil {
 		return fmt.Sprintf("connection lost: %v", e.err)
 	}
-	return strings.TrimSpace(fmt.Sprintf("closed %d %s", e.code, e.reason))
+	if e.reason == "" {
+		return fmt.Sprintf("closed %d", e.code)
+	}
+	return fmt.Sprintf("closed %d %s", e.code, quote(e.reason))
 }
 
 func (e *endError) Unwrap() error { return e.err }
@@ -56,7 +59,8 @@ type wsPeer struct {
 	mu sync.Mutex // writing: x/net has no lock for frames
 }
 
-// recorder keeps what is read through it.
+// recorder keeps what is read through it, which is bounded: x/net reads a head
+// without end to its end.
 type recorder struct {
 	net.Conn
 	b *bytes.Buffer // nil once enough was read
@@ -65,7 +69,9 @@ type recorder struct {
 func (r *recorder) Read(p []byte) (int, error) {
 	n, err := r.Conn.Read(p)
 	if r.b != nil {
-		r.b.Write(p[:n])
+		if r.b.Write(p[:n]); r.b.Len() > maxHead && err == nil {
+			err = fmt.Errorf("the answer's head has more than %d bytes", maxHead)
+		}
 	}
 	return n, err
 }
