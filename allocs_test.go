@@ -3,7 +3,6 @@
 package main
 
 import (
-	"runtime"
 	"strings"
 	"testing"
 )
@@ -74,9 +73,7 @@ func TestAllocationsPerEscapedName(t *testing.T) {
 
 // The same through sockets and the epoll loop.
 func TestAllocationsPerFrameOverLoopback(t *testing.T) {
-	if runtime.GOOS != "linux" {
-		t.Skip("the goroutine poller copies what it writes")
-	}
+	needEpoll(t)
 	for _, n := range costSizes[:2] {
 		const count = 8
 		up, down := pipes(startRelay(t, testOptions()), n, count)

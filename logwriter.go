@@ -1,68 +1,71 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
 	"io"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
 // logWriter stands between the logger and where the lines go, so that no
 // connection waits for a terminal or a full pipe, and a wave of connections
-// costs a few writes. Lines beyond its bound are dropped, and how many is said.
+// costs a few writes. Lines beyond its bound are lost, and so are those that
+// nobody takes because the reader is gone; how many is counted and said.
 
 const (
 	// maxLogBacklog is some 5,000 lines.
 	maxLogBacklog = 1 << 20
 	// logDelay is how long lines gather before they are written.
 	logDelay = 5 * time.Millisecond
-	// lastWords is how long the end of the program waits for whoever reads the
-	// log: a stopped terminal must not keep a process that was told to stop.
+	// lastWords is how long the end of the program waits for the log's reader: a
+	// stopped terminal must not keep a process that was told to stop.
 	lastWords = time.Second
 )
 
 type logWriter struct {
-	out     io.Writer
-	wake    chan struct{}
-	done    chan struct{}
-	dropLog func(lines int) // says how many lines were dropped; may log
+	// Set at the start.
+	out      io.Writer
+	lostLine func(lines int64) []byte // makes the line that says how many are lost
+	wake     chan struct{}            // there are lines; closed by Close
+	done     chan struct{}            // run is over
 
-	mu      sync.Mutex // guards what follows
-	lines   []byte
-	dropped int
-	closed  bool // Close was called
-	through bool // the backlog is written: lines go straight to out
+	lost atomic.Int64 // lines
+	said int64        // of lost; of run, then of Write
+
+	mu     sync.Mutex // guards what follows
+	lines  []byte
+	closed bool
 }
 
-// newLogWriter returns a writer to out that lives until Close. Before the first
-// line dropLog has to be set.
-func newLogWriter(out io.Writer) *logWriter {
-	w := &logWriter{out: out, wake: make(chan struct{}, 1), done: make(chan struct{})}
+// newLogWriter returns a writer to out that lives until Close.
+func newLogWriter(out io.Writer, lostLine func(lines int64) []byte) *logWriter {
+	w := &logWriter{out: out, lostLine: lostLine, wake: make(chan struct{}, 1), done: make(chan struct{})}
 	go w.run()
 	return w
 }
 
-// Write takes one line. It never blocks and never fails.
+// Write takes one line. It never blocks before Close, and never fails.
 func (w *logWriter) Write(line []byte) (int, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
 	switch {
-	case w.through:
-		w.out.Write(line)
+	case w.closed:
+		w.mu.Unlock()
+		<-w.done // this line must not overtake those before it
+		w.mu.Lock()
+		w.put(line, w.lost.Load())
 	case len(w.lines)+len(line) > maxLogBacklog:
-		w.dropped++
+		w.lost.Add(1)
 	default:
 		w.lines = append(w.lines, line...)
-		w.signal()
+		select {
+		case w.wake <- struct{}{}:
+		default:
+		}
 	}
 	return len(line), nil
-}
-
-func (w *logWriter) signal() {
-	select {
-	case w.wake <- struct{}{}:
-	default:
-	}
 }
 
 // Close writes what has gathered. Later lines are written through. It fails where
@@ -70,56 +73,39 @@ func (w *logWriter) signal() {
 func (w *logWriter) Close() error {
 	w.mu.Lock()
 	w.closed = true
-	w.signal()
+	close(w.wake)
 	w.mu.Unlock()
-	late := time.NewTimer(lastWords)
-	defer late.Stop()
 	select {
 	case <-w.done:
 		return nil
-	case <-late.C:
+	case <-time.After(lastWords):
 		return fmt.Errorf("writing the log: nobody has read it for %v", lastWords)
 	}
 }
 
 func (w *logWriter) run() {
 	defer close(w.done)
-	var spare []byte
 	for range w.wake {
+		time.Sleep(logDelay)
 		w.mu.Lock()
-		closed := w.closed
+		lines, lost := w.lines, w.lost.Load()
+		w.lines = nil
 		w.mu.Unlock()
-		if !closed {
-			time.Sleep(logDelay)
-		}
-		w.mu.Lock()
-		lines, dropped := w.lines, w.dropped
-		w.lines, w.dropped = spare[:0], 0
-		if closed {
-			// With the lock, so that no later line overtakes these.
-			w.write(lines)
-			w.through = true
-		}
-		w.mu.Unlock()
-		if !closed {
-			w.write(lines)
-		}
-		if dropped > 0 {
-			w.dropLog(dropped)
-		}
-		if spare = lines; cap(spare) > maxLogBacklog/16 {
-			spare = nil // a burst's buffer is not kept
-		}
-		if closed {
-			return
+		if len(lines) > 0 { // else the wake-up is of a line that went with those before it
+			w.put(lines, lost)
 		}
 	}
 }
 
-// write spares out what is nothing: a line that was gathered with the ones before
-// it has left its wake-up behind.
-func (w *logWriter) write(lines []byte) {
-	if len(lines) > 0 {
-		w.out.Write(lines)
+// put writes lines, and behind them what of lost it has not said yet.
+func (w *logWriter) put(lines []byte, lost int64) {
+	if n, err := w.out.Write(lines); err != nil {
+		w.lost.Add(int64(bytes.Count(lines[n:], []byte("\n"))))
+		return
+	}
+	if lost > w.said {
+		if _, err := w.out.Write(w.lostLine(lost - w.said)); err == nil {
+			w.said = lost
+		}
 	}
 }

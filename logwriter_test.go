@@ -5,6 +5,7 @@ import (
 	"io"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -27,7 +28,7 @@ func TestLogWriterGathers(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		var out countingOut
-		w := newLogWriter(&out)
+		w := newLogWriter(&out, nil)
 		defer w.Close()
 		for i := range 100 {
 			fmt.Fprintf(w, "line %d\n", i)
@@ -58,14 +59,15 @@ func (o *countingOut) Write(p []byte) (int, error) {
 	return o.logBuffer.Write(p)
 }
 
+func lostWords(lines int64) []byte { return fmt.Appendf(nil, "lost %d\n", lines) }
+
 // A reader of the log that stands still costs memory up to a bound, holds
 // nobody up, and is told how much it missed.
 func TestLogWriterBound(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		out := &slowOut{begun: make(chan struct{}, 10), gate: make(chan struct{}, 10)}
-		w := newLogWriter(out)
-		w.dropLog = func(lines int) { fmt.Fprintf(w, "dropped %d\n", lines) }
+		w := newLogWriter(out, lostWords)
 		line := []byte(strings.Repeat("x", 1023) + "\n")
 		io.WriteString(w, "first\n")
 		<-out.begun // it hangs in the write of this line
@@ -83,7 +85,7 @@ func TestLogWriterBound(t *testing.T) {
 		if n := strings.Count(got, string(line)); n != maxLogBacklog/len(line) {
 			t.Errorf("%d lines were kept, want %d", n, maxLogBacklog/len(line))
 		}
-		if want := fmt.Sprintf("dropped %d\n", more); !strings.HasPrefix(got, "first\n") || !strings.HasSuffix(got, want) {
+		if want := fmt.Sprintf("lost %d\n", more); !strings.HasPrefix(got, "first\n") || !strings.HasSuffix(got, want) {
 			t.Errorf("the log begins %.10q and ends %q, want first and %q", got, got[len(got)-20:], want)
 		}
 	})
@@ -95,7 +97,7 @@ func TestLogWriterClose(t *testing.T) {
 	t.Parallel()
 	for range 50 {
 		var out strings.Builder // which takes one writer at a time
-		w := newLogWriter(&out)
+		w := newLogWriter(&out, nil)
 		var wg sync.WaitGroup
 		const writers, lines = 4, 100
 		for k := range writers {
@@ -122,4 +124,47 @@ func TestLogWriterClose(t *testing.T) {
 			t.Fatalf("lines of each writer: %v, want %d", next, lines)
 		}
 	}
+}
+
+// brokenOut is a pipe whose reader is gone while broken is set.
+type brokenOut struct {
+	logBuffer
+	broken bool
+	room   int // bytes that it takes before it breaks
+}
+
+func (o *brokenOut) Write(p []byte) (int, error) {
+	if !o.broken {
+		return o.logBuffer.Write(p)
+	}
+	n, _ := o.logBuffer.Write(p[:min(o.room, len(p))])
+	return n, syscall.EPIPE
+}
+
+// Lines that nobody takes are counted by what was not taken of them, and said
+// once there is a reader again: once.
+func TestLogWriterReaderGone(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		out := &brokenOut{broken: true, room: len("line 0\nli")}
+		w := newLogWriter(out, lostWords)
+		for i := range 3 {
+			fmt.Fprintf(w, "line %d\n", i)
+		}
+		time.Sleep(time.Second)
+		if got := w.lost.Load(); got != 2 {
+			t.Errorf("%d lines lost, want 2 of 3", got)
+		}
+		out.room = 0
+		io.WriteString(w, "line 3\n")
+		time.Sleep(time.Second)
+		out.broken = false
+		io.WriteString(w, "line 4\n")
+		time.Sleep(time.Second)
+		io.WriteString(w, "line 5\n")
+		w.Close()
+		if want := "line 0\nliline 4\nlost 3\nline 5\n"; out.String() != want {
+			t.Errorf("the log is %q, want %q", out.String(), want)
+		}
+	})
 }

@@ -5,6 +5,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"errors"
@@ -55,8 +56,9 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 	}
 	code := exitRefused
 	if err == nil {
-		w := newLogWriter(stderr)
-		code, err = serve(ctx, o, newLogger(w, o))
+		signal.Ignore(syscall.SIGPIPE) // a log that nobody reads any more ends nothing
+		w := newLogWriter(stderr, o.lostLine)
+		code, err = serve(ctx, o, w)
 		w.Close()
 	}
 	if err != nil {
@@ -67,20 +69,26 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 	return code
 }
 
-// newLogger makes the logger of a relay; its lines go through w.
-func newLogger(w *logWriter, o options) *slog.Logger {
+// newLogger makes the logger of a relay.
+func newLogger(w io.Writer, o options) *slog.Logger {
 	h := &slog.HandlerOptions{Level: o.logLevel}
-	log := slog.New(slog.NewTextHandler(w, h))
 	if o.logFormat == "json" {
-		log = slog.New(slog.NewJSONHandler(w, h))
+		return slog.New(slog.NewJSONHandler(w, h))
 	}
-	w.dropLog = func(lines int) { log.Warn("log lines dropped: whoever reads them is too slow", "lines", lines) }
-	return log
+	return slog.New(slog.NewTextHandler(w, h))
+}
+
+// lostLine makes the log's line about lines that are not in it.
+func (o options) lostLine(lines int64) []byte {
+	var b bytes.Buffer
+	newLogger(&b, o).Warn("log lines lost: the log's reader was gone or too slow", "lines", lines)
+	return b.Bytes()
 }
 
 // serve runs a relay from the instance lock to the end of the drain. An error is
 // why it did not start; what goes wrong later is logged.
-func serve(ctx context.Context, o options, log *slog.Logger) (code int, err error) {
+func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
+	log := newLogger(w, o)
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
 	defer signal.Stop(signals)
@@ -118,6 +126,7 @@ func serve(ctx context.Context, o options, log *slog.Logger) (code int, err erro
 	if err != nil {
 		return exitFailed, err
 	}
+	r.metrics.logLost = &w.lost
 	failed := make(chan error, 2)
 	addr := public.Addr().String()
 	if lock != nil {

@@ -253,6 +253,49 @@ func TestLogThatNobodyReads(t *testing.T) {
 	}
 }
 
+// A reader of the log that ends, as tee does on Ctrl-C, ends nothing: the relay
+// serves on, counts what it cannot write, and says so to the next reader.
+func TestLogReaderGone(t *testing.T) {
+	t.Parallel()
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { r.Close(); w.Close() })
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command(self)
+	cmd.Stderr = w
+	p := startCommand(t, cmd, nil)
+	var log []byte
+	for buf := make([]byte, 4096); p.addr == ""; {
+		n, err := r.Read(buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		log = append(log, buf[:n]...)
+		if m := listeningLine.FindSubmatch(log); m != nil {
+			p.addr, p.admin = string(m[1]), string(m[2])
+		}
+	}
+	w.Close()
+	r.Close()
+	b, ph := p.connect("/v2/server", binaryHeaders("s")), p.connect("/v2/client", phoneHeaders("s"))
+	ph.greet(b)
+	eventually(t, "both lines are counted", func() bool {
+		_, metrics := fetch(t, "http://"+p.admin+"/metrics")
+		return strings.Contains(metrics, "\npyrycode_relay_log_lines_lost_total 2\n")
+	})
+	p.signal(syscall.SIGTERM)
+	ph.wantEnd(1001, "shutting down")
+	b.wantEnd(1001, "shutting down")
+	if code := p.exit(); code != 0 {
+		t.Errorf("exit code %d, want 0", code)
+	}
+}
+
 // fullPipe is a pipe that takes no byte more.
 func fullPipe(t testing.TB) (r, w *os.File) {
 	t.Helper()

@@ -18,6 +18,7 @@ type metrics struct {
 	build    buildVersion
 	instance *instanceState
 	budget   *budget
+	logLost  *atomic.Int64 // lines; of the log's writer
 
 	connectedBinaries, binariesInGrace, connectedPhones atomic.Int64 // gauges
 
@@ -30,7 +31,7 @@ type metrics struct {
 }
 
 func newMetrics(id identity, build buildVersion, instance *instanceState, b *budget) *metrics {
-	return &metrics{id: id, build: build, instance: instance, budget: b}
+	return &metrics{id: id, build: build, instance: instance, budget: b, logLost: new(atomic.Int64)}
 }
 
 // ServeHTTP answers /metrics.
@@ -73,6 +74,8 @@ func (m *metrics) text() []byte {
 	e.gauge("queued_bytes_limit", "The -queue-total that bounds them.", m.budget.limit)
 	e.counter("socket_reads_total", "Read system calls on sessions.", m.socketReads.Load())
 	e.counter("socket_writes_total", "Write system calls on sessions.", m.socketWrites.Load())
+
+	e.counter("log_lines_lost_total", "Lines of the log that its reader, gone or too slow, did not take.", m.logLost.Load())
 
 	host, public := m.instance.verdicts()
 	e.family("instance_check", "gauge", "Whether this is the only instance: 1 for what each check found.")

@@ -84,7 +84,7 @@ func TestMetricsBeginAtZero(t *testing.T) {
 	got := samples(t, string(r.metrics.text()))
 	var zero []string
 	add := func(format string, args ...any) { zero = append(zero, fmt.Sprintf(format, args...)) }
-	for _, name := range []string{"connected_binaries", "binaries_in_grace", "connected_phones", "queued_bytes", "socket_reads_total", "socket_writes_total"} {
+	for _, name := range []string{"connected_binaries", "binaries_in_grace", "connected_phones", "queued_bytes", "socket_reads_total", "socket_writes_total", "log_lines_lost_total"} {
 		add("%s", name)
 	}
 	for _, direction := range []string{"up", "down"} {
