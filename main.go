@@ -91,6 +91,9 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 	log := newLogger(w, o)
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup does, so that a closed terminal stops nothing
+		signal.Notify(signals, syscall.SIGHUP)
+	}
 	defer signal.Stop(signals)
 
 	id, build, state := newIdentity(time.Now()), readBuildVersion(), newInstanceState()

@@ -54,7 +54,7 @@ func TestStartSaysWhatANewcomerNeeds(t *testing.T) {
 
 func TestSignalsStopWithExitZero(t *testing.T) {
 	t.Parallel()
-	for _, s := range []os.Signal{syscall.SIGTERM, os.Interrupt} {
+	for _, s := range []os.Signal{syscall.SIGTERM, os.Interrupt, syscall.SIGHUP} {
 		t.Run(s.String(), func(t *testing.T) {
 			t.Parallel()
 			p := startProgram(t, nil).listening()
@@ -294,6 +294,21 @@ func TestLogReaderGone(t *testing.T) {
 	if code := p.exit(); code != 0 {
 		t.Errorf("exit code %d, want 0", code)
 	}
+}
+
+// nohup means that the end of a terminal stops nothing.
+func TestHangUpUnderNohup(t *testing.T) {
+	t.Parallel()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := startCommand(t, exec.Command("sh", "-c", `trap "" HUP; exec "$0"`, self), nil).listening()
+	p.signal(syscall.SIGHUP)
+	b := p.connect("/v2/server", binaryHeaders("s"))
+	p.signal(syscall.SIGTERM)
+	b.wantEnd(1001, "shutting down")
+	p.said("signal=terminated")
 }
 
 // fullPipe is a pipe that takes no byte more.

@@ -210,7 +210,8 @@ Each flag is also an environment variable; the command line wins.
   %s=1 skips the single-instance checks: for
         emergencies and migrations, not for production. No other value is taken.
 
-Signals: SIGTERM and SIGINT drain and stop; a second one stops at once.
+Signals: SIGTERM, SIGINT and SIGHUP drain and stop; a second one stops at once.
+        Later versions will reload certificates on SIGHUP. Under nohup it does nothing.
 Exit codes: 0 asked to stop, 1 failure while running, 2 refused to start.
 A start that fails says why in one plain line, whatever -log-format is; an
 address in use is exit code 1.

@@ -247,7 +247,7 @@ func TestHelp(t *testing.T) {
 		}
 		for _, word := range []string{
 			"pyrycode-relay version", "pyrycode-relay probe", "-drain duration\n", "-admin-any\n", bypassName + "=1",
-			"SIGTERM and SIGINT", "0 asked to stop, 1 failure while running, 2 refused to start",
+			"SIGTERM, SIGINT and SIGHUP drain and stop", "will reload certificates on SIGHUP", "0 asked to stop, 1 failure while running, 2 refused to start",
 		} {
 			if !strings.Contains(help, word) {
 				t.Errorf("%s: %q is not in:\n%s", arg, word, help)
