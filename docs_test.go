@@ -139,7 +139,7 @@ func TestDocsSingleInstance(t *testing.T) {
 		}
 	}
 	for path, words := range map[string][]string{
-		"docs/architecture.md":                   {"MUST NOT", "4404", bypassName + "=1", "-public-url", "-instance-lock"},
+		"docs/architecture.md":                   {"MUST NOT", "4404", "for **emergency** and **migration** use only, and not recommended for production", bypassName + "=1", "-public-url", "-instance-lock"},
 		"docs/decisions/0001-single-instance.md": {bypassName, "-public-url", "-instance-lock", "## Alternatives", "## Canaries"},
 		"README.md":                              {"**Run exactly one.**", bypassName + "=1", "docs/architecture.md#single-instance-constraint-v1"},
 	} {
