@@ -56,7 +56,9 @@ func startRelay(t testing.TB, o options) *testRelay {
 func startRelayOn(t testing.TB, o options, ln net.Listener) *testRelay {
 	t.Helper()
 	r := &testRelay{t: t, addr: ln.Addr().String(), logs: &logBuffer{}}
-	log := slog.New(slog.NewTextHandler(r.logs, &slog.HandlerOptions{Level: slog.LevelDebug}))
+	debug := o
+	debug.logLevel = slog.LevelDebug
+	log := newLogger(r.logs, debug)
 	var err error
 	r.relay, err = newRelay(o, newIdentity(time.Now()), "test", newInstanceState(), newProbeKeys(), log)
 	if err != nil {

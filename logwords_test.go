@@ -4,7 +4,22 @@ import (
 	"log/slog"
 	"strings"
 	"testing"
+	"time"
 )
+
+// A duration is a number of the same unit in both formats, which its name tells.
+func TestLogsHaveDurationsInMillis(t *testing.T) {
+	t.Parallel()
+	for format, want := range map[string]string{"text": " duration_ms=90000\n", "json": `,"duration_ms":90000}` + "\n"} {
+		var b logBuffer
+		o := defaultOptions()
+		o.logFormat = format
+		newLogger(&b, o).Info("test", "duration", 90*time.Second-time.Microsecond)
+		if !strings.HasSuffix(b.String(), want) {
+			t.Errorf("%s: the line does not end in %q: %s", format, want, b.String())
+		}
+	}
+}
 
 // TestLogsHaveWords: a reason is a word in both formats of the log.
 func TestLogsHaveWords(t *testing.T) {

@@ -200,6 +200,9 @@ func TestJSONLog(t *testing.T) {
 	}
 	for line := range strings.Lines(p.stderr.String()) {
 		var entry struct{ Time, Level, Msg string }
+		if strings.Contains(line, `"msg":"shutting down`) && !strings.Contains(line, `"deadline_ms":10000`) {
+			t.Errorf("no deadline_ms in %s", line)
+		}
 		if err := json.Unmarshal([]byte(line), &entry); err != nil || entry.Level != "INFO" || entry.Msg == "" {
 			t.Errorf("%v: %s", err, line)
 		}

@@ -208,7 +208,6 @@ func (c *publicCheck) report(f finding, now time.Time) {
 		c.log.Info("public name verified: it leads to this relay and to no other", "url", c.url, "phones", f.joins)
 	case publicSplit:
 		next := "the younger of the two stops if it has -public-url, too"
-		var oldest string
 		for _, other := range f.others {
 			if other.olderThan(c.me) {
 				next = fmt.Sprintf("this relay, the younger, stops if that lasts for %v", c.pace.over)
@@ -217,12 +216,12 @@ func (c *publicCheck) report(f finding, now time.Time) {
 		if c.bypass {
 			next = bypassName + "=1: this relay goes on"
 		}
+		args := []any{"url", c.url, "other", names(f.others), "instance", c.me.id, "age", now.Sub(c.me.started), "next", next}
 		if len(f.others) > 0 {
-			o := f.others[0]
-			oldest = age(now.Sub(o.started))
+			args = append(args, "other_age", now.Sub(f.others[0].started))
 		}
 		c.log.Error("multi-instance deploy detected: another relay answers to the public name, and a phone that lands on the wrong one gets 4404 although its binary is online: run exactly one",
-			"url", c.url, "other", names(f.others), "other_age", oldest, "instance", c.me.id, "age", age(now.Sub(c.me.started)), "next", next)
+			args...)
 	case publicNotARelay:
 		c.log.Warn("public name not verified: something that is not this relay answers", "url", c.url, "found", f.fault.what, "remedy", f.fault.remedy, "phones", f.joins, "failed", f.failed)
 	case publicUnreachable:

@@ -539,7 +539,7 @@ func (r *relay) sessionOver(t *batch, c *conn, l leg, id string, e *entry, probe
 	}
 	if e != nil { // a refused one has had its line
 		r.log.Log(context.Background(), levelOf(probe), "disconnected", "leg", l, "conn", id, "server", e.id,
-			"duration", time.Duration(t.now-c.opened).Round(time.Millisecond),
+			"duration", time.Duration(t.now-c.opened),
 			"frames_in", c.rxFrames, "bytes_in", c.rxBytes, "frames_out", txFrames, "bytes_out", txBytes,
 			"code", code, "reason", reason)
 	}
