@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"runtime"
 	"strings"
 	"sync"
 	"syscall"
@@ -29,6 +30,8 @@ const (
 	maxLockAnswer = 4 << 10
 	// maxLockTalks bounds the connections to the holder that linger.
 	maxLockTalks = 4
+	// maxPID is the largest that any system gives: Linux stops at 1<<22.
+	maxPID = 1<<31 - 1
 )
 
 const programName = "pyrycode-relay"
@@ -42,8 +45,31 @@ type lockInfo struct {
 	Listen   string    `json:"listen"`
 	Admin    string    `json:"admin"`
 	Started  time.Time `json:"started"`
-	Servers  int64     `json:"servers"` // binaries connected
+	Uptime   int64     `json:"uptime_seconds"` // monotonic: holds where the clock was set meanwhile; 0 of older versions
+	Servers  int64     `json:"servers"`        // binaries connected
 	Draining bool      `json:"draining"`
+}
+
+// up is how long the relay has run.
+func (h *lockInfo) up(now time.Time) time.Duration {
+	if h.Uptime > 0 {
+		return time.Duration(h.Uptime) * time.Second
+	}
+	return now.Sub(h.Started)
+}
+
+// credible reports whether a relay can have said that of itself. The refusal tells
+// a person to kill its pid, so what does not make sense is not repeated as fact.
+func (h *lockInfo) credible(now time.Time) bool {
+	const longest = 100 * 365 * 24 * time.Hour
+	for _, s := range [...]string{h.Version, h.Instance, h.Listen, h.Admin} {
+		if len(s) > maxQuoted || plain(s) != s {
+			return false
+		}
+	}
+	up := h.up(now)
+	return h.Program == programName && h.PID > 1 && h.PID <= maxPID && h.Servers >= 0 &&
+		h.Uptime <= int64(longest/time.Second) && up >= 0 && up < longest
 }
 
 // instanceLock is the lock while it is ours.
@@ -59,13 +85,20 @@ type instanceLock struct {
 
 // heldError says who holds the lock in our place.
 type heldError struct {
-	addr   string
-	holder *lockInfo // nil: not a relay
-	heard  string    // what a stranger did, for a person
+	addr    string
+	holder  *lockInfo // nil: not a relay, or not one that says so
+	heard   string    // what it did instead, for a person
+	perhaps string    // not empty: how it may be a relay all the same
 }
 
 func (e *heldError) Error() string {
-	if e.holder == nil {
+	switch {
+	case e.perhaps != "":
+		_, port, _ := net.SplitHostPort(e.addr)
+		return fmt.Sprintf("%s, the -instance-lock, is held by something that may be %s (%s): find its pid, as root, with: %s; "+
+			"then let it go on (kill -CONT, or unpause the container) or end it: a second relay has a registry of its own, "+
+			"and a phone that lands on the wrong one gets a silent 4404 although its binary is online", e.addr, e.perhaps, e.heard, listenerCommand(port))
+	case e.holder == nil:
 		return fmt.Sprintf("%s, the -instance-lock, is held by something that does not answer as a relay does (%s): "+
 			"stop it, or choose another loopback port with -instance-lock, the same for every relay on this host", e.addr, e.heard)
 	}
@@ -74,10 +107,18 @@ func (e *heldError) Error() string {
 	if h.Draining {
 		state = ", shutting down just now"
 	}
-	return fmt.Sprintf("multi-instance deploy detected: %s %s already runs on this host (pid %d, listening on %s, up %v, binaries connected: %d%s) and holds %s; "+
+	return fmt.Sprintf("multi-instance deploy detected: %s %q already runs on this host (pid %d, listening on %q, up %v, binaries connected: %d%s) and holds %s; "+
 		"a second relay has a registry of its own, and a phone that lands on the wrong one gets a silent 4404 although its binary is online: "+
 		"stop the first (kill %[3]d), or, for an emergency or a migration only, set %[9]s=1",
-		programName, h.Version, h.PID, h.Listen, time.Since(h.Started).Round(time.Second), h.Servers, state, e.addr, bypassName)
+		programName, h.Version, h.PID, h.Listen, h.up(time.Now()).Round(time.Second), h.Servers, state, e.addr, bypassName)
+}
+
+// listenerCommand shows who listens on a port of this host.
+func listenerCommand(port string) string {
+	if runtime.GOOS == "linux" {
+		return "ss -ltnp 'sport = :" + port + "'"
+	}
+	return "lsof -nP -iTCP:" + port + " -sTCP:LISTEN"
 }
 
 // lockInstance binds addr and answers there with info until Close. A *heldError
@@ -114,11 +155,15 @@ func askHolder(addr string) (held *heldError, gone bool) {
 		b, err = io.ReadAll(io.LimitReader(nc, maxLockAnswer))
 	}
 	var info lockInfo
+	said := json.Unmarshal(b, &info) == nil && info.Program == programName
 	switch {
-	case json.Unmarshal(b, &info) == nil && info.Program == programName:
+	case said && info.credible(time.Now()):
 		held.holder = &info
 	case len(b) > 0:
-		held.heard = fmt.Sprintf("it says %.60q", strings.TrimSpace(string(b)))
+		held.heard = "it says " + quote(strings.TrimSpace(string(b)))
+		if said { // such as pid 1, in a container that shares this host's network
+			held.perhaps = "a relay in a container, or one of another version"
+		}
 	case err == nil:
 		held.heard = "it closes the connection"
 	case errors.Is(err, syscall.ECONNREFUSED):
@@ -129,6 +174,7 @@ func askHolder(addr string) (held *heldError, gone bool) {
 		return held, true
 	default:
 		held.heard = fmt.Sprintf("it says nothing within %v", lockAnswerTime)
+		held.perhaps = "a relay that is stopped (SIGSTOP, a paused container)"
 	}
 	return held, false
 }
@@ -163,6 +209,7 @@ func (l *instanceLock) answer(nc *net.TCPConn) {
 	info, r := l.info, l.relay
 	l.mu.Unlock()
 	if r != nil {
+		info.Uptime = r.now() / int64(time.Second)
 		info.Servers, info.Draining = r.metrics.connectedBinaries.Load(), r.isDraining()
 	}
 	line, _ := json.Marshal(info) // of strings, numbers and a time: does not fail

@@ -7,6 +7,9 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
+	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -45,7 +48,7 @@ func TestSecondRelayIsRefused(t *testing.T) {
 	first := startProgram(t, nil).listening()
 	lock := lockOf(first)
 	words := []string{
-		"refusing to start: multi-instance deploy detected: ", fmt.Sprintf("(pid %d, listening on %s, up ", first.cmd.Process.Pid, first.addr),
+		"refusing to start: multi-instance deploy detected: ", fmt.Sprintf("(pid %d, listening on %q, up ", first.cmd.Process.Pid, first.addr),
 		"holds " + lock, "a silent 4404", fmt.Sprintf("kill %d", first.cmd.Process.Pid), "PYRYCODE_RELAY_SINGLE_INSTANCE=1",
 	}
 	for _, args := range [][]string{{"-listen", first.addr}, {"-listen", "127.0.0.1:0", "-admin", "off"}, {"-log-format", "json"}} {
@@ -123,9 +126,95 @@ var strangers = []struct {
 			}
 		}
 	}, `(it says "\x00`},
-	{"is silent", func(net.Conn) {}, "(it says nothing within 2s)"},
 	{"closes", func(nc net.Conn) { nc.Close() }, "(it closes the connection)"},
 	{"resets", func(nc net.Conn) { nc.(*net.TCPConn).SetLinger(0); nc.Close() }, "(it resets the connection)"},
+}
+
+// TestLockHeldByFrozenRelay: what says nothing may be a relay that is stopped. A
+// second one on another port is the last thing to advise.
+func TestLockHeldByFrozenRelay(t *testing.T) {
+	t.Parallel()
+	first := startProgram(t, nil).listening()
+	first.signal(syscall.SIGSTOP)
+	defer first.signal(syscall.SIGCONT)
+	lock := lockOf(first)
+	port := lock[strings.LastIndexByte(lock, ':')+1:]
+	second := startProgram(t, withLock(lock))
+	second.wantRefusal(2, lock+", the -instance-lock, is held by something that may be a relay that is stopped", "(it says nothing within 2s)", "kill -CONT", port)
+	if strings.Contains(second.stderr.String(), "choose another") {
+		t.Errorf("it advises a second relay:\n%s", second.stderr.String())
+	}
+	if runtime.GOOS != "linux" {
+		return
+	}
+	_, rest, _ := strings.Cut(second.stderr.String(), "find its pid, as root, with: ")
+	command, _, _ := strings.Cut(rest, ";")
+	if _, err := exec.LookPath("ss"); err != nil {
+		t.Skip(err)
+	}
+	out, err := exec.Command("sh", "-c", command).CombinedOutput()
+	if want := fmt.Sprintf("pid=%d,", first.cmd.Process.Pid); err != nil || !strings.Contains(string(out), want) {
+		t.Errorf("%s: %v, want %s in\n%s", command, err, want, out)
+	}
+}
+
+// TestHolderLineThatMakesNoSense: a line is taken for a relay's only if one can
+// have said it, and nothing of it reaches a terminal as it is.
+func TestHolderLineThatMakesNoSense(t *testing.T) {
+	t.Parallel()
+	good := lockInfo{
+		Program: programName, PID: 4242, Version: "v1", Instance: "0123456789abcdef", Listen: "127.0.0.1:8080", Admin: "off", Started: time.Now().Add(-time.Hour),
+	}
+	ahead := good // its clock was wrong when it started
+	ahead.Started, ahead.Uptime = time.Now().Add(72*time.Hour), 60
+	for _, h := range []lockInfo{good, ahead} {
+		line, _ := json.Marshal(h)
+		lock := stranger(t, func(nc net.Conn) { nc.Write(line); nc.Close() })
+		_, err := lockInstance(lock, lockInfo{})
+		if err == nil || !strings.Contains(err.Error(), "multi-instance deploy detected") || !strings.Contains(err.Error(), "kill 4242") {
+			t.Fatalf("a good line: %v", err)
+		}
+	}
+	for name, change := range map[string]func(*lockInfo){
+		"another program":     func(h *lockInfo) { h.Program = "x" },
+		"no pid":              func(h *lockInfo) { h.PID = 0 },
+		"everybody's pid":     func(h *lockInfo) { h.PID = -1 },
+		"the pid of init":     func(h *lockInfo) { h.PID = 1 },
+		"no such pid":         func(h *lockInfo) { h.PID = 1 << 40 },
+		"a start to come":     func(h *lockInfo) { h.Started = time.Now().Add(time.Hour) },
+		"no start":            func(h *lockInfo) { h.Started = time.Time{} },
+		"a negative uptime":   func(h *lockInfo) { h.Uptime, h.Started = -5, time.Now().Add(time.Hour) },
+		"an endless uptime":   func(h *lockInfo) { h.Uptime = 1 << 62 },
+		"fewer than none":     func(h *lockInfo) { h.Servers = -1 },
+		"escape sequences":    func(h *lockInfo) { h.Version = "\x1b]0;owned\a" },
+		"line breaks":         func(h *lockInfo) { h.Listen = "x\nlevel=ERROR msg=y" },
+		"C1 control":          func(h *lockInfo) { h.Admin = "\u009b2J" },
+		"text to the left":    func(h *lockInfo) { h.Instance = "\u202eabc" },
+		"a version too long":  func(h *lockInfo) { h.Version = strings.Repeat("1", 500) },
+		"an address too long": func(h *lockInfo) { h.Listen = strings.Repeat("1", 500) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			h := good
+			change(&h)
+			line, _ := json.Marshal(h)
+			lock := stranger(t, func(nc net.Conn) { nc.Write(append(line, '\n')); nc.Close() })
+			_, err := lockInstance(lock, lockInfo{})
+			if err == nil {
+				t.Fatal("the lock is free")
+			}
+			text := err.Error()
+			if strings.Contains(text, "multi-instance deploy detected") || strings.Contains(text, fmt.Sprintf("kill %d", h.PID)) || !strings.Contains(text, "it says \"{") {
+				t.Errorf("it is believed: %s", text)
+			}
+			if i := strings.IndexFunc(text, func(r rune) bool { return !strconv.IsPrint(r) }); i >= 0 || len(text) > 1000 {
+				t.Errorf("raw, or without end: %q", text)
+			}
+			if h.Program == programName && strings.Contains(text, "choose another") {
+				t.Errorf("it advises a second relay beside what may be one: %s", text)
+			}
+		})
+	}
 }
 
 func TestLockHeldByStranger(t *testing.T) {
