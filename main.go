@@ -22,7 +22,7 @@ import (
 )
 
 func main() {
-	os.Exit(run(context.Background(), os.Args[1:], os.LookupEnv, os.Stdout, os.Stderr))
+	os.Exit(run(context.Background(), os.Args[1:], environment(os.Environ()), os.Stdout, os.Stderr))
 }
 
 // Exit codes.
@@ -32,8 +32,8 @@ const (
 	exitRefused = 2 // refused to start, or to go on as the second instance
 )
 
-// run is the program. It ends when ctx does, or by a signal.
-func run(ctx context.Context, args []string, getenv func(string) (string, bool), stdout, stderr io.Writer) int {
+// run is the program, with env for its environment. It ends when ctx does, or by a signal.
+func run(ctx context.Context, args []string, env map[string]string, stdout, stderr io.Writer) int {
 	if len(args) > 0 {
 		switch args[0] {
 		case "version":
@@ -43,16 +43,16 @@ func run(ctx context.Context, args []string, getenv func(string) (string, bool),
 			return runProbe(ctx, args[1:], stdout, stderr)
 		}
 	}
-	o, err := parseOptions(args, getenv)
+	o, err := parseOptions(args, env)
 	if errors.Is(err, flag.ErrHelp) {
 		writeUsage(stdout)
 		return exitStopped
 	}
 	if err == nil {
-		err = checkPlatform(o, getenv)
+		err = checkPlatform(o, env)
 	}
 	if err == nil {
-		o.checkPace, err = paceFrom(getenv)
+		o.checkPace, err = paceFrom(env)
 	}
 	code := exitRefused
 	if err == nil {

@@ -22,7 +22,7 @@ import (
 
 // runVariable makes the test binary the program itself, so that a test of a
 // process runs the code under test, race detector and all.
-const runVariable = "PYRYCODE_RELAY_TEST_RUN"
+const runVariable = "PYRYCODE_TEST_RUN"
 
 func TestMain(m *testing.M) {
 	if os.Getenv(runVariable) == "1" {

@@ -7,9 +7,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"net/netip"
 	"net/url"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -125,14 +127,70 @@ func (o *options) flags() *flag.FlagSet {
 
 // envName is the variable of a flag.
 func envName(flag string) string {
-	return "PYRYCODE_RELAY_" + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
+	return envPrefix + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
 }
 
-const bypassName = "PYRYCODE_RELAY_SINGLE_INSTANCE"
+const (
+	envPrefix  = "PYRYCODE_RELAY_"
+	bypassName = envPrefix + "SINGLE_INSTANCE"
+)
+
+// environment is os.Environ by name.
+func environment(lines []string) map[string]string {
+	env := map[string]string{}
+	for _, line := range lines {
+		name, value, _ := strings.Cut(line, "=")
+		env[name] = value
+	}
+	return env
+}
+
+// serviceVariable is what Kubernetes and Docker put into a container beside a
+// service of the relay's own name, as NAME=value. Nobody has misspelled these.
+var serviceVariable = regexp.MustCompile(`^PYRYCODE_RELAY_(\w+_)?(SERVICE_HOST=|SERVICE_PORT(_\w+)?=|` +
+	`PORT(_\d+_[A-Z]+)?=\w+://|PORT_\d+_[A-Z]+_(PROTO|PORT|ADDR)=)`)
+
+// checkVariables refuses a variable that would be ignored, and names the one that
+// is spelled most like it.
+func checkVariables(env map[string]string) error {
+	known := []string{bypassName}
+	new(options).flags().VisitAll(func(f *flag.Flag) { known = append(known, envName(f.Name)) })
+	for _, name := range slices.Sorted(maps.Keys(env)) {
+		ours := strings.HasPrefix(name, envPrefix) && !serviceVariable.MatchString(name+"="+env[name])
+		if !ours || slices.Contains(known, name) || name == paceName {
+			continue
+		}
+		upper := strings.ToUpper(name)
+		nearest := slices.MinFunc(known, func(a, b string) int { return editDistance(upper, a) - editDistance(upper, b) })
+		return fmt.Errorf("unknown variable %s: do you mean %s? (-h lists them; unset what is not for this relay)", name, nearest)
+	}
+	return nil
+}
+
+// editDistance is how many bytes to insert, delete or replace lie between a and b.
+func editDistance(a, b string) int {
+	row := make([]int, len(b)+1) // for the bytes of a so far
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		diagonal := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			replaced := diagonal
+			if a[i] != b[j] {
+				replaced++
+			}
+			diagonal = row[j+1]
+			row[j+1] = min(replaced, row[j]+1, row[j+1]+1)
+		}
+	}
+	return row[len(b)]
+}
 
 // parseOptions reads the command line, then the environment for what that left
 // open. An error names the flag or variable, the value and what would be right.
-func parseOptions(args []string, getenv func(string) (string, bool)) (options, error) {
+func parseOptions(args []string, env map[string]string) (options, error) {
 	o := defaultOptions()
 	fs := o.flags()
 	if err := fs.Parse(args); errors.Is(err, flag.ErrHelp) {
@@ -145,10 +203,10 @@ func parseOptions(args []string, getenv func(string) (string, bool)) (options, e
 	}
 	given := map[string]bool{}
 	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
-	var bad error
+	bad := checkVariables(env)
 	source := map[string]string{} // of what the environment decided
 	fs.VisitAll(func(f *flag.Flag) {
-		v, set := getenv(envName(f.Name))
+		v, set := env[envName(f.Name)]
 		if !set || given[f.Name] || bad != nil {
 			return
 		}
@@ -160,7 +218,7 @@ func parseOptions(args []string, getenv func(string) (string, bool)) (options, e
 	if bad != nil {
 		return o, bad
 	}
-	switch v, set := getenv(bypassName); {
+	switch v, set := env[bypassName]; {
 	case set && v != "1":
 		return o, fmt.Errorf("invalid value %q for variable %s: want exactly 1 to skip the single-instance checks, or the variable unset", v, bypassName)
 	default:
@@ -197,7 +255,8 @@ func writeUsage(w io.Writer) {
   pyrycode-relay probe URL      check a relay from outside (probe -h)
   pyrycode-relay version        version, VCS revision, Go version
 
-Each flag is also an environment variable; the command line wins.
+Each flag is also an environment variable; the command line wins. A variable
+that begins with PYRYCODE_RELAY_ and is none of these is refused.
 
 `)
 	o := defaultOptions()

@@ -62,7 +62,7 @@ var flagCases = []struct {
 }
 
 func parse(env map[string]string, args ...string) (options, error) {
-	return parseOptions(args, func(name string) (string, bool) { v, ok := env[name]; return v, ok })
+	return parseOptions(args, env)
 }
 
 func TestFlags(t *testing.T) {
@@ -226,6 +226,50 @@ func TestBypassVariable(t *testing.T) {
 			t.Errorf("%v: exit code %d, want 2", env, code)
 		}
 		wantRefusal(t, stderr, "PYRYCODE_RELAY_SINGLE_INSTANCE", fmt.Sprintf("%q", c.value), "exactly 1")
+	}
+}
+
+// A variable that is misspelled must not leave a default in force.
+func TestUnknownVariables(t *testing.T) {
+	t.Parallel()
+	for name, nearest := range map[string]string{
+		"LISTN": "LISTEN", "LISTENS": "LISTEN", "listen": "LISTEN", "PUBLC_URL": "PUBLIC_URL", "PUBLIC_ULR": "PUBLIC_URL", "PUBLICURL": "PUBLIC_URL",
+		"TRUSTED_PROXY": "TRUSTED_PROXIES", "SINGLE_INSTANC": "SINGLE_INSTANCE", "MAX_CONNECTION": "MAX_CONNECTIONS", "": "PING", "RATE": "GRACE",
+		"TEST_PUBLIC_CHEC": "PUBLIC_URL",
+	} {
+		name, nearest = envPrefix+name, envPrefix+nearest
+		code, _, stderr := runOnce(map[string]string{name: "1", "PYRYCODE_RELAY_GRACE": "1s"})
+		if code != 2 {
+			t.Errorf("%s: exit code %d, want 2", name, code)
+		}
+		wantRefusal(t, stderr, "unknown variable "+name+": do you mean "+nearest+"?")
+	}
+	// What somebody else sets, and what Kubernetes makes of services that are
+	// called pyrycode-relay and pyrycode-relay-admin.
+	for _, line := range []string{
+		"PYRYCODE_RELAYS=1", "PYRYCODE_LISTEN=1", "XPYRYCODE_RELAY_LISTN=1", paceName + "=1s,1s,1s",
+		"PYRYCODE_RELAY_SERVICE_HOST=10.0.0.1", "PYRYCODE_RELAY_SERVICE_PORT=8080", "PYRYCODE_RELAY_SERVICE_PORT_HTTP=8080",
+		"PYRYCODE_RELAY_PORT=tcp://10.0.0.1:8080", "PYRYCODE_RELAY_PORT_8080_TCP=tcp://10.0.0.1:8080", "PYRYCODE_RELAY_PORT_8080_TCP_PROTO=tcp",
+		"PYRYCODE_RELAY_PORT_8080_TCP_PORT=8080", "PYRYCODE_RELAY_PORT_8080_TCP_ADDR=10.0.0.1", "PYRYCODE_RELAY_ADMIN_PORT=tcp://10.0.0.1:8081",
+	} {
+		if _, err := parse(environment([]string{line})); err != nil {
+			t.Errorf("%s: %v", line, err)
+		}
+	}
+	if _, err := parse(map[string]string{"PYRYCODE_RELAY_PORT": "8080"}); err == nil {
+		t.Error("PYRYCODE_RELAY_PORT=8080, which is none of Kubernetes' values, was taken for one")
+	}
+}
+
+func TestEditDistance(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct {
+		a, b string
+		want int
+	}{{"", "", 0}, {"abc", "abc", 0}, {"", "abc", 3}, {"abc", "", 3}, {"kitten", "sitting", 3}, {"LISTN", "LISTEN", 1}, {"ab", "ba", 2}} {
+		if got := editDistance(c.a, c.b); got != c.want {
+			t.Errorf("%q to %q: %d, want %d", c.a, c.b, got, c.want)
+		}
 	}
 }
 

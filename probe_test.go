@@ -181,7 +181,7 @@ func TestProbeLeavesHalfTheBurst(t *testing.T) {
 	r := startRelay(t, o)
 	for i := range 2 {
 		var out, progress bytes.Buffer
-		if code := run(t.Context(), []string{"probe", "ws://" + r.addr}, noEnv, &out, &progress); code != exitStopped || progress.Len() > 0 {
+		if code := run(t.Context(), []string{"probe", "ws://" + r.addr}, nil, &out, &progress); code != exitStopped || progress.Len() > 0 {
 			t.Errorf("probe %d: exit code %d, progress %q:\n%s", i+1, code, progress.String(), out.String())
 		}
 		used := r.metrics.upgrades[legBinary][upgradeAccepted].Load() + r.metrics.upgrades[legPhone][upgradeAccepted].Load()
@@ -190,8 +190,6 @@ func TestProbeLeavesHalfTheBurst(t *testing.T) {
 		}
 	}
 }
-
-func noEnv(string) (string, bool) { return "", false }
 
 func TestProbeCommand(t *testing.T) {
 	t.Parallel()
@@ -218,7 +216,7 @@ func TestProbeCommand(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			var out, errs bytes.Buffer
-			code := run(t.Context(), append([]string{"probe"}, tt.args...), noEnv, &out, &errs)
+			code := run(t.Context(), append([]string{"probe"}, tt.args...), nil, &out, &errs)
 			if code != tt.code || !strings.Contains(out.String(), tt.stdout) || !strings.Contains(errs.String(), tt.stderr) {
 				t.Errorf("exit code %d, want %d; stdout:\n%s\nstderr:\n%s", code, tt.code, out.String(), errs.String())
 			}
@@ -273,7 +271,7 @@ func TestProbeJSON(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			var out, errs bytes.Buffer
-			if code := run(t.Context(), []string{"probe", "-json", "-n", "4", "ws://" + tt.addr}, noEnv, &out, &errs); code != tt.code {
+			if code := run(t.Context(), []string{"probe", "-json", "-n", "4", "ws://" + tt.addr}, nil, &out, &errs); code != tt.code {
 				t.Errorf("exit code %d, want %d", code, tt.code)
 			}
 			var got struct {

@@ -205,7 +205,6 @@ func fetch(t testing.TB, url string) (status int, body string) {
 // runOnce calls run in this process, for what ends before anything is opened.
 func runOnce(env map[string]string, args ...string) (code int, stdout, stderr string) {
 	var out, errOut bytes.Buffer
-	getenv := func(name string) (string, bool) { v, ok := env[name]; return v, ok }
-	code = run(context.Background(), args, getenv, &out, &errOut)
+	code = run(context.Background(), args, env, &out, &errOut)
 	return code, out.String(), errOut.String()
 }

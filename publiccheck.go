@@ -40,9 +40,9 @@ func defaultPace() checkPace {
 const paceName = "PYRYCODE_RELAY_TEST_PUBLIC_CHECK"
 
 // paceFrom reads the variable paceName: every,again,over as in 2s,500ms,1500ms.
-func paceFrom(getenv func(string) (string, bool)) (checkPace, error) {
+func paceFrom(env map[string]string) (checkPace, error) {
 	p := defaultPace()
-	v, set := getenv(paceName)
+	v, set := env[paceName]
 	if !set {
 		return p, nil
 	}

@@ -258,7 +258,11 @@ func TestPaceFrom(t *testing.T) {
 		{"2s,0s,1s", true, checkPace{}, true},
 		{"2s,x,1s", true, checkPace{}, true},
 	} {
-		got, err := paceFrom(func(name string) (string, bool) { return tt.value, tt.set && name == paceName })
+		env := map[string]string{}
+		if tt.set {
+			env[paceName] = tt.value
+		}
+		got, err := paceFrom(env)
 		if tt.bad != (err != nil) || err == nil && got != tt.want {
 			t.Errorf("%q: %v, %v", tt.value, got, err)
 		}

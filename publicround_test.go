@@ -332,12 +332,7 @@ func TestProgramStopsItsCheck(t *testing.T) {
 	code := make(chan int, 1)
 	go func() {
 		code <- run(ctx, []string{"-listen", "127.0.0.1:0", "-admin", "off", "-instance-lock", deadAddr(t), "-public-url", "ws://" + silent.Addr().String()},
-			func(name string) (string, bool) {
-				if name != paceName {
-					return "", false
-				}
-				return "1h,1ms,1h", true
-			}, io.Discard, io.Discard)
+			map[string]string{paceName: "1h,1ms,1h"}, io.Discard, io.Discard)
 	}()
 	nc, err := silent.Accept() // a round is under way
 	if err != nil {
@@ -384,7 +379,7 @@ func TestYoungerRelayLeaves(t *testing.T) {
 			code := make(chan int, 1)
 			go func() {
 				code <- run(ctx, []string{"-listen", "127.0.0.1:0", "-admin", "off", "-instance-lock", deadAddr(t), "-public-url", "ws://" + b.addr},
-					func(name string) (string, bool) { v, ok := env[name]; return v, ok }, io.Discard, &logs)
+					env, io.Discard, &logs)
 			}()
 			var addr string
 			eventually(t, "the program listens", func() bool {
@@ -443,12 +438,7 @@ func TestYoungerRelayLeaves(t *testing.T) {
 func TestBadPaceIsRefused(t *testing.T) {
 	t.Parallel()
 	var stderr bytes.Buffer
-	code := run(t.Context(), []string{"-listen", "127.0.0.1:0"}, func(name string) (string, bool) {
-		if name == paceName {
-			return "soon", true
-		}
-		return "", false
-	}, io.Discard, &stderr)
+	code := run(t.Context(), []string{"-listen", "127.0.0.1:0"}, map[string]string{paceName: "soon"}, io.Discard, &stderr)
 	if code != exitRefused || !strings.Contains(stderr.String(), paceName) {
 		t.Errorf("exit code %d, %q", code, stderr.String())
 	}

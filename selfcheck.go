@@ -242,9 +242,9 @@ func (l *instanceLock) Close() error {
 
 // platformSign is what betrays a platform on which one command runs a second
 // relay on another host, where no port of this one can notice it.
-func platformSign(getenv func(string) (string, bool)) (variable, platform string) {
+func platformSign(env map[string]string) (variable, platform string) {
 	for _, p := range [...][2]string{{"FLY_APP_NAME", "Fly.io"}, {"KUBERNETES_SERVICE_HOST", "Kubernetes"}} {
-		if v, _ := getenv(p[0]); v != "" {
+		if env[p[0]] != "" {
 			return p[0], p[1]
 		}
 	}
@@ -253,8 +253,8 @@ func platformSign(getenv func(string) (string, bool)) (variable, platform string
 
 // checkPlatform refuses to start where scaling out is one command and nothing
 // would notice it.
-func checkPlatform(o options, getenv func(string) (string, bool)) error {
-	variable, platform := platformSign(getenv)
+func checkPlatform(o options, env map[string]string) error {
+	variable, platform := platformSign(env)
 	if variable == "" || o.publicURL != nil || o.bypass {
 		return nil
 	}
