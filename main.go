@@ -36,8 +36,11 @@ const (
 func run(ctx context.Context, args []string, env map[string]string, stdout, stderr io.Writer) int {
 	if len(args) > 0 {
 		switch args[0] {
-		case "version":
+		case "version", "-version", "--version":
 			fmt.Fprintln(stdout, readBuildVersion())
+			return exitStopped
+		case "help":
+			writeUsage(stdout)
 			return exitStopped
 		case "probe":
 			return runProbe(ctx, args[1:], stdout, stderr)

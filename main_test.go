@@ -374,12 +374,14 @@ func TestAdminPaths(t *testing.T) {
 
 func TestVersionCommand(t *testing.T) {
 	t.Parallel()
-	code, stdout, stderr := runOnce(nil, "version")
-	if code != 0 || stderr != "" {
-		t.Errorf("exit code %d, stderr %q", code, stderr)
-	}
-	if want := regexp.MustCompile(`^pyrycode-relay \S+, revision \S+, ` + regexp.QuoteMeta(runtime.Version()) + `\n$`); !want.MatchString(stdout) {
-		t.Errorf("got %q, want it to match %s", stdout, want)
+	for _, arg := range []string{"version", "-version", "--version"} {
+		code, stdout, stderr := runOnce(nil, arg)
+		if code != 0 || stderr != "" {
+			t.Errorf("%s: exit code %d, stderr %q", arg, code, stderr)
+		}
+		if want := regexp.MustCompile(`^pyrycode-relay \S+, revision \S+, ` + regexp.QuoteMeta(runtime.Version()) + `\n$`); !want.MatchString(stdout) {
+			t.Errorf("%s: got %q, want it to match %s", arg, stdout, want)
+		}
 	}
 }
 
@@ -390,6 +392,6 @@ func TestUnknownCommand(t *testing.T) {
 		if code != 2 {
 			t.Errorf("%q: exit code %d, want 2", args, code)
 		}
-		wantRefusal(t, stderr, `unknown command "serve"`, "version and probe", "-h")
+		wantRefusal(t, stderr, `unknown command "serve"`, "help, version and probe", "-h")
 	}
 }

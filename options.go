@@ -105,7 +105,7 @@ func (o *options) flags() *flag.FlagSet {
 	fs.SetOutput(io.Discard)
 	fs.Usage = func() {}
 	fs.Var(address(&o.listen), "listen", "`address` of the public listener: plain HTTP, for a TLS proxy in front")
-	fs.Var(adminAddress(&o.admin), "admin", "`address` of /metrics, loopback only unless -admin-any; \"off\" turns it off")
+	fs.Var(adminAddress(&o.admin), "admin", "`address` of /metrics, loopback only unless -admin-any; \"off\" or an empty value turns it off")
 	fs.Var(truthValue(&o.adminAny), "admin-any", "let -admin be any address: whoever reaches it reads the metrics")
 	fs.Var(lockAddress(&o.instanceLock), "instance-lock", "loopback `address` whose bind proves that this is the only relay on this host")
 	fs.Var(publicAddress(&o.publicURL), "public-url", "the relay's own public `URL`, as wss://relay.example.com: it then checks from outside who answers there")
@@ -161,6 +161,11 @@ func checkVariables(env map[string]string) error {
 			continue
 		}
 		upper := strings.ToUpper(name)
+		for other, name := range otherNames {
+			if upper == envName(other) {
+				upper = envName(name)
+			}
+		}
 		nearest := slices.MinFunc(known, func(a, b string) int { return editDistance(upper, a) - editDistance(upper, b) })
 		return fmt.Errorf("unknown variable %s: do you mean %s? (-h lists them; unset what is not for this relay)", name, nearest)
 	}
@@ -188,26 +193,32 @@ func editDistance(a, b string) int {
 	return row[len(b)]
 }
 
+// otherNames are those of two flags in scripts that start any relay of this
+// protocol, the daemon's own test among them.
+var otherNames = map[string]string{"insecure-listen": "listen", "metrics-listen": "admin"}
+
 // parseOptions reads the command line, then the environment for what that left
 // open. An error names the flag or variable, the value and what would be right.
 func parseOptions(args []string, env map[string]string) (options, error) {
 	o := defaultOptions()
 	fs := o.flags()
+	for other, name := range otherNames {
+		fs.Var(fs.Lookup(name).Value, other, "")
+	}
 	if err := fs.Parse(args); errors.Is(err, flag.ErrHelp) {
 		return o, err
 	} else if err != nil {
 		return o, fmt.Errorf("%w (-h lists the flags)", err)
 	}
 	if fs.NArg() > 0 {
-		return o, fmt.Errorf("unknown command %q: the commands are version and probe, each before its own flags; -h lists the flags of the relay", fs.Arg(0))
+		return o, fmt.Errorf("unknown command %q: the commands are help, version and probe, each before its own flags; -h lists the flags of the relay", fs.Arg(0))
 	}
-	given := map[string]bool{}
-	fs.Visit(func(f *flag.Flag) { given[f.Name] = true })
+	source := map[string]string{} // of what is not left at its default
+	fs.Visit(func(f *flag.Flag) { source[cmp.Or(otherNames[f.Name], f.Name)] = "flag -" + f.Name })
 	bad := checkVariables(env)
-	source := map[string]string{} // of what the environment decided
 	fs.VisitAll(func(f *flag.Flag) {
 		v, set := env[envName(f.Name)]
-		if !set || given[f.Name] || bad != nil {
+		if !set || source[f.Name] != "" || otherNames[f.Name] != "" || bad != nil {
 			return
 		}
 		source[f.Name] = "variable " + envName(f.Name)
@@ -253,7 +264,8 @@ func writeUsage(w io.Writer) {
 
   pyrycode-relay [flags]        run the relay
   pyrycode-relay probe URL      check a relay from outside (probe -h)
-  pyrycode-relay version        version, VCS revision, Go version
+  pyrycode-relay version        version, VCS revision, Go version (or --version)
+  pyrycode-relay help           this text (or -h)
 
 Each flag is also an environment variable; the command line wins. A variable
 that begins with PYRYCODE_RELAY_ and is none of these is refused.
@@ -266,6 +278,8 @@ that begins with PYRYCODE_RELAY_ and is none of these is refused.
 		fmt.Fprintf(w, "  %s\n        %s\n        default %q, variable %s\n", head, usage, f.DefValue, envName(f.Name))
 	})
 	fmt.Fprintf(w, `
+  --insecure-listen and --metrics-listen are other names of -listen and -admin.
+
   %s=1 skips the single-instance checks: for
         emergencies and migrations, not for production. No other value is taken.
 
@@ -375,7 +389,7 @@ func adminAddress(p *string) setting {
 	a := address(p)
 	return setting{
 		set: func(s string) error {
-			if s == "off" {
+			if s == "off" || s == "" {
 				*p = ""
 				return nil
 			}

@@ -25,7 +25,7 @@ var flagCases = []struct {
 	{flag: "listen", good: "0.0.0.0:80", other: "[::1]:8080", get: func(o options) any { return o.listen }, want: "0.0.0.0:80",
 		bad: []string{"", "8080", "127.0.0.1", "127.0.0.1:http", "127.0.0.1:65536", "127.0.0.1:-1", "127.0.0.1:+1", "off"}, right: "127.0.0.1:8080"},
 	{flag: "admin", good: "off", other: "localhost:1", get: func(o options) any { return o.admin }, want: "",
-		bad: []string{"", "8081", "no", "127.0.0.1:x"}, right: "or off"},
+		bad: []string{"8081", "no", "127.0.0.1:x"}, right: "or off"},
 	{flag: "admin-any", good: "true", other: "false", get: func(o options) any { return o.adminAny }, want: true,
 		bad: []string{"", "yes", "2"}, right: "true or false"},
 	{flag: "instance-lock", good: "[::1]:24404", other: "127.0.0.2:1", get: func(o options) any { return o.instanceLock }, want: "[::1]:24404",
@@ -229,6 +229,39 @@ func TestBypassVariable(t *testing.T) {
 	}
 }
 
+// The daemon's own test starts a relay by these names.
+func TestOtherNames(t *testing.T) {
+	t.Parallel()
+	env := map[string]string{"PYRYCODE_RELAY_LISTEN": "127.0.0.1:1", "PYRYCODE_RELAY_ADMIN": "127.0.0.1:2"}
+	for _, args := range [][]string{
+		{"--insecure-listen", "127.0.0.1:3", "--metrics-listen="}, {"-insecure-listen=127.0.0.1:3", "-metrics-listen", "off"},
+		{"--insecure-listen", "127.0.0.1:3", "-admin="},
+	} {
+		if o, err := parse(env, args...); err != nil || o.listen != "127.0.0.1:3" || o.admin != "" {
+			t.Errorf("%q: listen %q, admin %q, error %v", args, o.listen, o.admin, err)
+		}
+	}
+	if o, err := parse(map[string]string{"PYRYCODE_RELAY_ADMIN": ""}); err != nil || o.admin != "" {
+		t.Errorf("an empty variable: admin %q, error %v", o.admin, err)
+	}
+	for _, c := range []struct {
+		env   map[string]string
+		args  []string
+		words []string
+	}{
+		{nil, []string{"--insecure-listen="}, []string{"flag -insecure-listen", "127.0.0.1:8080"}},
+		{nil, []string{"--metrics-listen", "0.0.0.0:1"}, []string{"flag -metrics-listen", "a loopback address"}},
+		{map[string]string{"PYRYCODE_RELAY_INSECURE_LISTEN": "127.0.0.1:1"}, nil, []string{"do you mean PYRYCODE_RELAY_LISTEN?"}},
+		{map[string]string{"PYRYCODE_RELAY_METRICS_LISTEN": ""}, nil, []string{"do you mean PYRYCODE_RELAY_ADMIN?"}},
+	} {
+		code, _, stderr := runOnce(c.env, c.args...)
+		if code != 2 {
+			t.Errorf("%v %q: exit code %d, want 2", c.env, c.args, code)
+		}
+		wantRefusal(t, stderr, c.words...)
+	}
+}
+
 // A variable that is misspelled must not leave a default in force.
 func TestUnknownVariables(t *testing.T) {
 	t.Parallel()
@@ -275,7 +308,7 @@ func TestEditDistance(t *testing.T) {
 
 func TestHelp(t *testing.T) {
 	t.Parallel()
-	for _, arg := range []string{"-h", "-help", "--help"} {
+	for _, arg := range []string{"-h", "-help", "--help", "help"} {
 		code, help, stderr := runOnce(map[string]string{"PYRYCODE_RELAY_GRACE": "1s"}, arg)
 		if code != 0 || stderr != "" {
 			t.Errorf("%s: exit code %d, stderr %q", arg, code, stderr)
@@ -290,7 +323,8 @@ func TestHelp(t *testing.T) {
 			}
 		}
 		for _, word := range []string{
-			"pyrycode-relay version", "pyrycode-relay probe", "-drain duration\n", "-admin-any\n", bypassName + "=1",
+			"pyrycode-relay version", "pyrycode-relay probe", "pyrycode-relay help",
+			"\n  --insecure-listen and --metrics-listen are other names of -listen and -admin.\n", "-drain duration\n", "-admin-any\n", bypassName + "=1",
 			"SIGTERM, SIGINT and SIGHUP drain and stop", "will reload certificates on SIGHUP", "0 asked to stop, 1 failure while running, 2 refused to start",
 		} {
 			if !strings.Contains(help, word) {
