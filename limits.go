@@ -19,6 +19,9 @@ const (
 	// maxWaiting bounds connections that have not been taken to a session:
 	// those that have said nothing yet, and those that net/http serves.
 	maxWaiting = 1024
+	// maxUntrusted bounds the peers whose X-Forwarded-For is said to be ignored. A
+	// proxy is among the first to come.
+	maxUntrusted = 64
 	// evictLooks is how many of a full table are looked at for one to go.
 	evictLooks = 8
 	// greetTime is how long a connection may take to make its request.
@@ -187,8 +190,7 @@ func rateKey(a netip.Addr) netip.Addr {
 // not itself trusted, since whatever is left of it the client may have made up.
 // Where an entry is no address, the proxy that passed it on is the client.
 func clientAddr(q *http.Request, trusted []netip.Prefix) netip.Addr {
-	ap, _ := netip.ParseAddrPort(q.RemoteAddr)
-	addr := ap.Addr().Unmap().WithZone("") // Contains matches no address with a zone
+	addr := peerAddr(q)
 	lines := q.Header["X-Forwarded-For"]
 	for l := len(lines) - 1; l >= 0; l-- {
 		for rest := lines[l]; rest != "" && within(addr, trusted); {
@@ -206,6 +208,39 @@ func clientAddr(q *http.Request, trusted []netip.Prefix) netip.Addr {
 		}
 	}
 	return addr
+}
+
+// peerAddr is whom the connection of a request comes from.
+func peerAddr(q *http.Request) netip.Addr {
+	ap, _ := netip.ParseAddrPort(q.RemoteAddr)
+	return ap.Addr().Unmap().WithZone("") // Contains matches no address with a zone
+}
+
+// untrusted are peers that send X-Forwarded-For and are not believed. Where one is
+// a proxy, everybody behind it shares its bucket, and nothing else says why. The
+// zero value works.
+type untrusted struct {
+	mu   sync.Mutex // guards what follows
+	said map[netip.Addr]bool
+}
+
+// first reports whether q's sender is one that has not been reported yet.
+func (u *untrusted) first(q *http.Request, trusted []netip.Prefix) bool {
+	peer := peerAddr(q)
+	if len(q.Header["X-Forwarded-For"]) == 0 || within(peer, trusted) {
+		return false
+	}
+	u.mu.Lock()
+	defer u.mu.Unlock()
+	key := rateKey(peer)
+	if u.said[key] || len(u.said) >= maxUntrusted {
+		return false
+	}
+	if u.said == nil {
+		u.said = map[netip.Addr]bool{}
+	}
+	u.said[key] = true
+	return true
 }
 
 func within(a netip.Addr, nets []netip.Prefix) bool {

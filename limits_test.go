@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/netip"
 	"slices"
 	"strings"
@@ -415,5 +416,42 @@ func TestLogGate(t *testing.T) {
 	want := []string{"0/0", "1/0", "2/0", "3/0", "4/0", "10/5", "11/0", "12/0", "13/0", "14/0", "20/5", "21/0", "22/0", "23/0", "24/0"}
 	if !slices.Equal(got, want) {
 		t.Errorf("lines %q, want %q", got, want)
+	}
+}
+
+// A proxy that is not trusted is named once, and of many strangers only so many.
+func TestUntrustedProxyIsNamed(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	ask := func(peer string, forwarded ...string) {
+		q := httptest.NewRequest("GET", "/v2/client", nil)
+		q.RemoteAddr = netip.AddrPortFrom(netip.MustParseAddr(peer), 1234).String()
+		q.Header["X-Forwarded-For"] = forwarded
+		r.ServeHTTP(httptest.NewRecorder(), q)
+	}
+	said := func() (n int) { return strings.Count(r.logs.String(), "X-Forwarded-For from ") }
+	ask("172.18.0.1")
+	ask("127.0.0.1", "172.18.0.3")
+	ask("127.0.0.1", "no address")
+	if n := said(); n != 0 {
+		t.Fatalf("%d lines about nothing", n)
+	}
+	ask("172.18.0.2", "192.0.2.1")
+	ask("172.18.0.2", "192.0.2.2")
+	ask("::ffff:172.18.0.2", "192.0.2.3")
+	want := "level=WARN msg=\"X-Forwarded-For from 172.18.0.2 ignored: it is not in -trusted-proxies; all who come through it share one rate limit\"\n"
+	if n := said(); n != 1 || !strings.Contains(r.logs.String(), want) {
+		t.Errorf("%d lines, want one: %s", n, want)
+	}
+	ask("2001:db8::1", "192.0.2.1")
+	ask("2001:db8::2", "192.0.2.1") // the same household
+	if n := said(); n != 2 {
+		t.Errorf("%d lines for two addresses and one /64, want 2", n)
+	}
+	for range 2 * maxUntrusted {
+		ask(freshAddr(), "192.0.2.1")
+	}
+	if n := said(); n != maxUntrusted {
+		t.Errorf("%d lines, want %d at most", n, maxUntrusted)
 	}
 }

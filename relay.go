@@ -58,6 +58,7 @@ type relay struct {
 	greeting http.Header // of every 101
 	quit     chan struct{}
 	refusals logGate
+	ignored  untrusted
 	drops    logGate
 	requests atomic.Int64 // connections that net/http serves
 
@@ -204,6 +205,9 @@ func (r *relay) serve(w http.ResponseWriter, q *http.Request, l leg) {
 func (r *relay) gates(q *http.Request, l leg) (who caller, refused *refusal) {
 	who.serverID = q.Header.Get("X-Pyrycode-Server")
 	who.addr = clientAddr(q, r.o.trustedProxies)
+	if r.ignored.first(q, r.o.trustedProxies) {
+		r.log.Warn(fmt.Sprintf("X-Forwarded-For from %s ignored: it is not in -trusted-proxies; all who come through it share one rate limit", who.addr))
+	}
 	if token := q.Header.Get(probeHeader); token != "" {
 		who.probe = r.probes.valid(who.serverID, token)
 	}
