@@ -29,7 +29,7 @@ func TestAllocationsPerFrame(t *testing.T) {
 				const runs = 200
 				got := testing.AllocsPerRun(runs, func() {
 					copy(read, c.frame) // which the relay unmasks in place
-					c.from.heard()
+					c.from.heard(bt)
 					if whole {
 						c.from.feed(bt, read)
 					} else { // the rest of it comes with a later read, as the epoll loop gets it

@@ -1,7 +1,9 @@
 package main
 
 import (
+	"fmt"
 	"net"
+	"strings"
 	"testing"
 	"time"
 )
@@ -123,42 +125,176 @@ func TestDeadIncumbent(t *testing.T) {
 	})
 }
 
-// Of two newcomers that find a frozen incumbent one takes over; the other finds
-// a claim.
+// heeds answers pings until its connection ends or says something, which it
+// reports as "code reason" or as the message.
+func (c *wsClient) heeds() <-chan string {
+	said := make(chan string, 1)
+	go func() {
+		for {
+			op, p, err := c.next()
+			switch {
+			case err != nil:
+				said <- err.Error()
+			case op == opPing:
+				c.nc.Write(clientFrame(last, opPong, p))
+				continue
+			case op == opClose:
+				code, _ := parseClose(p)
+				c.nc.Write(clientFrame(last, opClose, p))
+				c.nc.Close()
+				said <- fmt.Sprintf("%d %s", code, p[2:])
+			default:
+				said <- string(p)
+			}
+			return
+		}
+	}()
+	return said
+}
+
+// Of two newcomers that find a frozen incumbent the first takes over; to the
+// other it is a live one.
 func TestTwoNewcomersTakeOver(t *testing.T) {
 	t.Parallel()
 	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
 		b, ph, _ := r.pair("id")
 		incumbent := r.holder("id")
-		rivals := [2]*wsClient{r.rival("id"), r.rival("id")}
+		winner := r.rival("id").heeds()
+		loser := r.rival("id").heeds()
 		start := time.Now()
 		eventually(t, "the takeover", func() bool { return r.holder("id") != incumbent })
 		b.wantClose(1011, "claim taken over")
 		ph.wantEnd(4404, "binary replaced")
-		next := r.phone("id")
-		next.text(`"who are you"`)
-		winners, losers := 0, 0
-		for _, c := range rivals {
-			for op := byte(opPing); op == opPing; {
-				var p []byte
-				var err error
-				switch op, p, err = c.next(); {
-				case err != nil:
-					t.Fatal(err)
-				case op == opText:
-					winners++
-				case op == opClose:
-					losers++
-					if code, _ := parseClose(p); code != 4409 || string(p[2:]) != "server-id already claimed" {
-						t.Errorf("closed %d %q, want 4409", code, p[2:])
-					}
-				}
-			}
-		}
-		if winners != 1 || losers != 1 {
-			t.Errorf("%d newcomers hold the claim and %d were refused", winners, losers)
+		if got := <-loser; got != "4409 server-id already claimed" {
+			t.Errorf("the second newcomer got %q", got)
 		}
 		wantAfter(t, "both answers", start, 5*time.Second)
+		r.phone("id").text(`"who are you"`)
+		if got := <-winner; !strings.HasSuffix(got, `"frame":"who are you"}`) {
+			t.Errorf("the first newcomer got %q", got)
+		}
+	})
+}
+
+// contender is the binary that claimed id last and does not hold it.
+func (r *testRelay) contender(id string) *binaryLeg {
+	r.t.Helper()
+	v, _ := r.registry.entries.Load(id)
+	e := v.(*entry)
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if len(e.contenders) == 0 {
+		r.t.Fatalf("nobody contends for %s", id)
+	}
+	return e.contenders[len(e.contenders)-1]
+}
+
+// A daemon whose path is lost again and again, with a word or without, gets its
+// id as soon as if it had been lost once: who is dead by then is no incumbent.
+func TestClaimOutlivesLostAttempts(t *testing.T) {
+	t.Parallel()
+	ends := map[string]func(c *wsClient){
+		"silence": func(*wsClient) {},
+		"FIN":     func(c *wsClient) { c.nc.Close() },
+	}
+	for first, endFirst := range ends {
+		for second, endSecond := range ends {
+			t.Run(first+", "+second, func(t *testing.T) {
+				t.Parallel()
+				onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+					r.pair("id")
+					one := r.rival("id")
+					time.Sleep(time.Second)
+					endFirst(one)
+					time.Sleep(time.Second)
+					two := r.rival("id")
+					time.Sleep(time.Second)
+					endSecond(two)
+					time.Sleep(time.Second)
+					start := time.Now()
+					three := r.rival("id").heeds()
+					me := r.contender("id")
+					eventually(t, "the takeover", func() bool { return r.holder("id") == me || len(three) > 0 })
+					wantAfter(t, "the takeover", start, 5*time.Second)
+					r.sound()
+					time.Sleep(time.Minute)
+					if len(three) == 0 {
+						r.phone("id").text(`"you"`)
+					}
+					if got := <-three; !strings.HasSuffix(got, `"frame":"you"}`) {
+						t.Errorf("the only live daemon got %q", got)
+					}
+				})
+			})
+		}
+	}
+}
+
+// When an incumbent ends while several wait for it, the first of them holds the
+// id for as long as it answers: the challenge was not its own.
+func TestSuccessorKeepsItsClaim(t *testing.T) {
+	t.Parallel()
+	onEach(t, testOptions(), func(t *testing.T, r *testRelay) {
+		for i := range 100 {
+			id := fmt.Sprint("id-", i)
+			a := r.binary(id)
+			asks := r.rival(id)
+			next := r.rival(id).heeds()
+			successor := r.contender(id)
+			last := r.rival(id).heeds()
+			asks.nc.Close()
+			eventually(t, "the first is out of the race", func() bool { return r.count(legBinary) == i+3 })
+			a.nc.Close()
+			if got := <-last; got != "4409 server-id already claimed" {
+				t.Fatalf("the last in the line got %q", got)
+			}
+			if r.holder(id) != successor || len(next) > 0 {
+				t.Fatal("the successor does not hold the id")
+			}
+			eventually(t, "the others are gone", func() bool { return r.count(legBinary) == i+1 })
+		}
+	})
+}
+
+// A newcomer is read while it waits: its end takes it out of the race, and what
+// it says is heard.
+func TestNewcomerIsHeardWhileItWaits(t *testing.T) {
+	t.Parallel()
+	o := testOptions()
+	o.challengeTimeout = time.Hour
+	onEach(t, o, func(t *testing.T, r *testRelay) {
+		r.binary("id")
+		gone := func(what string) {
+			t.Helper()
+			r.settle(what, func() bool { return r.count(legBinary) == 1 })
+		}
+		for name, end := range map[string]func(c *wsClient){
+			"FIN":   func(c *wsClient) { c.nc.Close() },
+			"reset": func(c *wsClient) { c.reset() },
+			"close": func(c *wsClient) { c.close(1001, ""); c.wantEnd(1001, "") },
+			"violation": func(c *wsClient) {
+				c.raw([]byte{0xff, 0xff})
+				c.wantEnd(1002, "reserved bit set")
+			},
+			"text that is none": func(c *wsClient) { c.text("\xff"); c.wantEnd(1007, "invalid utf-8") },
+		} {
+			newcomer := r.rival("id")
+			before := r.metrics.drops[dropUnknownConn].Load()
+			newcomer.text(`{"conn_id":"nobody","frame":"` + strings.Repeat("x", 200<<10) + `"}`)
+			newcomer.frame(opPing, []byte("?"))
+			newcomer.wantPong([]byte("?"))
+			if n := r.metrics.drops[dropUnknownConn].Load() - before; n != 1 {
+				t.Errorf("%d envelopes for nobody were dropped, want 1", n)
+			}
+			end(newcomer)
+			gone(name)
+			if n := r.memory.budget.used(); n != 0 {
+				t.Errorf("%s: %d bytes are held", name, n)
+			}
+		}
+		if n := strings.Count(r.logs.String(), `msg="claim withdrawn"`); n != 5 {
+			t.Errorf("%d withdrawn claims in the log, want 5", n)
+		}
 	})
 }
 

@@ -61,6 +61,9 @@ type peer interface {
 	// ended is called once, when the end is decided and before the connection
 	// has taken leave of its peer.
 	ended(t *batch, reason closeReason, code uint16)
+	// challenged is called while conn.asked is set: by the reader when the peer
+	// was heard, and by the sweeper.
+	challenged(t *batch, heard bool)
 	// closed is called once, when the socket is gone. Called by the reader.
 	closed(t *batch)
 }
@@ -86,7 +89,8 @@ type conn struct {
 	state atomic.Uint32 // connState; written under mu
 	reads atomic.Uint32 // times bytes were heard; written by the reader
 	since atomic.Int64  // relay clock at the first byte of an unfinished message, 0 if none; written by the reader
-	awake atomic.Pointer[challenge]
+	asked atomic.Int64  // relay clock of the first challenge that is not answered, 0 if none; written under the entry's mu
+	waits atomic.Int64  // relay clock since which its claim waits for a holder, 0 if it does not; written under the entry's mu
 
 	// Owned by the reader.
 	in       *block // an unfinished frame
@@ -287,18 +291,22 @@ func (c *conn) tick(t *batch) {
 	c.mu.Unlock()
 	if reason != endNone {
 		c.end(t, reason)
+	} else if c.asked.Load() != 0 {
+		c.owner.challenged(t, false)
 	}
 }
 
 // ping asks the peer for a sign of life, mu held. Whoever asks, the peer has a
-// whole interval to give one.
+// whole interval to give one; asking once more does not make it longer.
 func (c *conn) ping(t *batch) {
 	if !c.is(connOpen) {
 		return
 	}
-	c.pinged, c.pingMark = true, c.reads.Load()
-	c.pingAt = t.now + int64(c.relay.o.ping)
 	c.queueControl(opPing, nil)
-	c.pingEnd = c.queued
+	if !c.pinged || c.reads.Load() != c.pingMark || c.suspended {
+		c.pinged, c.pingMark = true, c.reads.Load()
+		c.pingAt = t.now + int64(c.relay.o.ping)
+		c.pingEnd = c.queued
+	}
 	t.addLocked(c)
 }

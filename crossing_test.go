@@ -32,6 +32,7 @@ type idlePeer struct{ reason closeReason }
 
 func (p *idlePeer) message(*batch, byte, []byte)            {}
 func (p *idlePeer) ended(_ *batch, r closeReason, _ uint16) { p.reason = r }
+func (p *idlePeer) challenged(*batch, bool)                 {}
 func (p *idlePeer) closed(*batch)                           {}
 
 // bareConn is a connection of which a test is the reader and the poller.

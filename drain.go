@@ -62,7 +62,6 @@ func (r *relay) beginDrain() {
 // relay is left. It is called once.
 func (r *relay) drain(ctx context.Context) {
 	r.beginDrain()
-	close(r.quit)
 	half := ctx
 	if end, ok := ctx.Deadline(); ok {
 		// A phone that does not answer must not cost the binaries their word.

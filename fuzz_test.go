@@ -37,6 +37,8 @@ func (p *streamPeer) ended(_ *batch, reason closeReason, code uint16) {
 
 func (p *streamPeer) closed(*batch) { p.closes++ }
 
+func (p *streamPeer) challenged(*batch, bool) {}
+
 // streamModel is what has to come of a stream.
 type streamModel struct {
 	messages []string
@@ -215,7 +217,7 @@ func checkStream(t *testing.T, r *relay, stream []byte, random *rand.Rand) {
 // the epoll loop does, or by copy as the goroutine poller does. The piece is
 // destroyed afterwards, since none of it may be kept.
 func feedPiece(p *streamPeer, b *batch, piece []byte, direct bool) {
-	p.heard()
+	p.heard(b)
 	if direct {
 		if k := copy(p.want(), piece); k > 0 {
 			p.filled(b, k)

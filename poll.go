@@ -134,7 +134,7 @@ func (s *goSocket) read(first []byte) {
 		t.now = r.now()
 		if n > 0 {
 			c.feed(t, buf[:n])
-			c.heard()
+			c.heard(t)
 		}
 		if err != nil && !c.paused {
 			break

@@ -330,7 +330,7 @@ func (l *epollLoop) read(c *conn) {
 		if n > len(into) {
 			c.feed(t, l.buf[:n-len(into)])
 		}
-		c.heard()
+		c.heard(t)
 		// Less than there was room for: the socket is empty (epoll(7)), unless
 		// the end of the stream is behind it.
 		if n < len(into)+len(l.buf) && !s.hup {

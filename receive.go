@@ -4,10 +4,10 @@ package main
 
 // heard notes that the peer lives. It comes after what was heard has been
 // looked at: a binary that closes must not keep its own successor out.
-func (c *conn) heard() {
+func (c *conn) heard(t *batch) {
 	c.reads.Store(c.reads.Load() + 1)
-	if ch := c.awake.Load(); ch != nil {
-		ch.answer(true)
+	if c.asked.Load() != 0 {
+		c.owner.challenged(t, true)
 	}
 }
 
@@ -327,8 +327,5 @@ func (c *conn) release(t *batch) {
 	c.waiters = nil
 	c.mu.Unlock()
 	wake(woken)
-	if ch := c.awake.Load(); ch != nil {
-		ch.answer(false)
-	}
 	c.owner.closed(t)
 }

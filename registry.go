@@ -3,6 +3,7 @@ package main
 import (
 	"container/list"
 	"fmt"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -29,35 +30,30 @@ type entry struct {
 	id    string
 	probe bool // the relay's own check of its public name: counted nowhere
 
-	mu      sync.Mutex           // guards what follows
-	gone    bool                 // no longer in the registry
-	binary  *binaryLeg           // nil during grace
-	freed   int64                // relay clock of the last binary's end
-	grace   *list.Element        // in registry.graces, nil while held
-	phones  map[string]*phoneLeg // by conn_id
-	trial   *challenge           // whether the incumbent lives, while somebody asks
-	waiters []*conn              // phones that joined in grace and whose held frames reached the limit
+	mu         sync.Mutex           // guards what follows
+	gone       bool                 // no longer in the registry
+	binary     *binaryLeg           // nil during grace
+	contenders []*binaryLeg         // they wait for binary to fall silent or end, in order of arrival
+	freed      int64                // relay clock of the last binary's end
+	grace      *list.Element        // in registry.graces, nil while held
+	phones     map[string]*phoneLeg // by conn_id
+	waiters    []*conn              // phones that joined in grace and whose held frames reached the limit
 }
 
-// challenge asks an incumbent binary for a sign of life.
-type challenge struct {
-	once  sync.Once
-	done  chan struct{}
-	alive bool // set before done is closed
-}
+// askAhead is how many contenders are challenged before it is their turn. A
+// daemon whose path is lost so often within one challenge still waits for one,
+// and not for one after the other; and a newcomer costs that many pings at most.
+const askAhead = 8
 
-func (ch *challenge) answer(alive bool) {
-	ch.once.Do(func() {
-		ch.alive = alive
-		close(ch.done)
-	})
-}
-
-// claim makes b the binary of id, and reports endNone. While another one is
-// registered it is asked first, which may take challengeTimeout: if it answers,
-// b gets endAlreadyClaimed; if not, b takes its place.
-func (g *registry) claim(b *binaryLeg, id string, probe bool) closeReason {
-	r := g.relay
+// claim makes b the binary of id. While another one is registered b contends
+// for the id: the holder is challenged, and so are the contenders before b, side
+// by side. It is refused once the holder answers (answered), and takes its place
+// when the holder stays silent for challengeTimeout (overdue) or ends (release).
+//
+// A contender is a connection like any other: its own end takes it out of the
+// line. Nothing that it sends has to be kept, since all phones that it could
+// name are the holder's, and go with that.
+func (g *registry) claim(b *binaryLeg, id string, probe bool) {
 	for {
 		e := g.entry(id, probe)
 		e.mu.Lock()
@@ -65,57 +61,91 @@ func (g *registry) claim(b *binaryLeg, id string, probe bool) closeReason {
 			e.mu.Unlock()
 			continue
 		}
-		incumbent := e.binary
-		if incumbent == nil {
-			g.install(e, b) // unlocks
-			return endNone
+		t := g.relay.batch()
+		b.server = e
+		if e.binary == nil {
+			g.install(t, e, b) // unlocks
+		} else {
+			b.waits.Store(t.now)
+			e.contenders = append(e.contenders, b)
+			e.binary.ask(t)
+			e.challenge(t)
+			e.mu.Unlock()
 		}
-		ch := e.trial
-		ask := ch == nil
-		if ask {
-			ch = &challenge{done: make(chan struct{})}
-			e.trial = ch
-			incumbent.awake.Store(ch)
-		}
-		e.mu.Unlock()
-		t := r.batch()
-		if ask {
-			incumbent.mu.Lock()
-			incumbent.ping(t)
-			incumbent.mu.Unlock()
-		}
-		b.mu.Lock()
-		t.addLocked(&b.conn) // its 101 does not wait for the incumbent
-		b.mu.Unlock()
 		t.flush()
-		patience := time.NewTimer(r.o.challengeTimeout)
-		select {
-		case <-ch.done:
-		case <-patience.C:
-			ch.answer(false)
-		case <-r.quit:
-			patience.Stop()
-			return endShutdown
-		}
-		patience.Stop()
-		e.mu.Lock()
-		if e.trial == ch {
-			e.trial = nil
-			incumbent.awake.Store(nil)
-		}
-		// Of two newcomers the first to get here takes over; to the other it is
-		// a live incumbent.
-		if e.binary != nil && (ch.alive || e.binary != incumbent) {
-			e.mu.Unlock()
-			return endAlreadyClaimed
-		}
-		if e.gone {
-			e.mu.Unlock()
-			continue
-		}
-		g.install(e, b) // unlocks
-		return endNone
+		return
 	}
+}
+
+// challenge asks the holder and the first contenders for a sign of life on
+// behalf of those behind them, e.mu held. Who has not answered an earlier
+// challenge is in the middle of one.
+func (e *entry) challenge(t *batch) {
+	n := len(e.contenders)
+	if n == 0 {
+		return
+	}
+	if e.binary.asked.Load() == 0 {
+		e.binary.ask(t)
+	}
+	for _, c := range e.contenders[:min(n-1, askAhead)] {
+		if c.asked.Load() == 0 {
+			c.ask(t)
+		}
+	}
+}
+
+// ask challenges b, server.mu held.
+func (b *binaryLeg) ask(t *batch) {
+	// Not the batch's clock: what was read before this moment is no answer.
+	b.asked.CompareAndSwap(0, b.relay.now())
+	b.mu.Lock()
+	b.ping(t)
+	b.mu.Unlock()
+}
+
+// answered ends b's challenge, because b was heard: if it holds the server-id,
+// whoever has challenged it is refused.
+func (g *registry) answered(t *batch, b *binaryLeg) {
+	e := b.server
+	e.mu.Lock()
+	at := b.asked.Swap(0)
+	if e.binary != b {
+		e.mu.Unlock()
+		return
+	}
+	n := 0
+	// What the poller had come for before a challenge is no answer to it: there
+	// b is asked once more.
+	for at <= t.now && n < len(e.contenders) && e.contenders[n].waits.Load() <= t.now {
+		n++
+	}
+	refused := e.contenders[:n]
+	e.contenders = slices.Clone(e.contenders[n:])
+	e.challenge(t)
+	e.mu.Unlock()
+	for _, c := range refused {
+		g.relay.refuseSession(t, &c.conn, legBinary, c.id, e.id, endAlreadyClaimed, endAlreadyClaimed.String())
+	}
+}
+
+// overdue gives b's claim to the first contender once b has been silent for too
+// long. That one may owe an answer just as long.
+func (g *registry) overdue(t *batch, b *binaryLeg) {
+	e := b.server
+	e.mu.Lock()
+	for e.binary == b && len(e.contenders) > 0 {
+		next := e.contenders[0]
+		at := b.asked.Load()
+		if at == 0 || t.now-max(at, next.waits.Load()) < int64(g.relay.o.challengeTimeout) {
+			break
+		}
+		e.contenders = slices.Delete(e.contenders, 0, 1)
+		g.install(t, e, next) // unlocks
+		b = next
+		e.mu.Lock()
+	}
+	e.mu.Unlock()
 }
 
 // entry finds or makes the entry of a server-id.
@@ -132,7 +162,7 @@ func (g *registry) entry(id string, probe bool) *entry {
 // without the lock. Phones that the previous binary knew are closed: the new
 // one has no session for them. Those that joined in grace stay, and what they
 // sent meanwhile goes out first.
-func (g *registry) install(e *entry, b *binaryLeg) {
+func (g *registry) install(t *batch, e *entry, b *binaryLeg) {
 	r := g.relay
 	old := e.binary
 	reason := endReclaimed
@@ -145,7 +175,10 @@ func (g *registry) install(e *entry, b *binaryLeg) {
 	default:
 		g.count(e, &r.metrics.connectedBinaries, 1)
 	}
-	e.binary, b.server = b, e
+	e.binary = b
+	b.waits.Store(0)
+	// Before anybody can end b: the line of its end comes behind this one.
+	r.logConnected(&b.conn, legBinary, b.id, e.id, b.probe)
 	var closing []*phoneLeg
 	b.mu.Lock()
 	for id, ph := range e.phones {
@@ -163,44 +196,47 @@ func (g *registry) install(e *entry, b *binaryLeg) {
 		ph.letGo()
 		closing = append(closing, ph)
 	}
+	t.addLocked(&b.conn)
 	b.mu.Unlock()
 	g.count(e, &r.metrics.connectedPhones, -int64(len(closing)))
+	e.challenge(t)
 	woken := e.waiters
 	e.waiters = nil
 	e.mu.Unlock()
 
-	t := r.batch()
 	if old != nil {
 		old.end(t, endTakenOver)
 	}
 	for _, ph := range closing {
 		ph.end(t, reason)
 	}
-	b.mu.Lock()
-	t.addLocked(&b.conn)
-	b.mu.Unlock()
-	t.flush()
 	wake(woken)
 }
 
-// release ends b's claim, if it is still b's: grace begins. The relay's own
-// probe has none.
+// release ends b's claim, if it is still b's: the first contender takes it, or
+// grace begins. The relay's own probe has none. A contender leaves the line.
 func (g *registry) release(t *batch, b *binaryLeg) {
 	e := b.server
-	if e == nil { // never had a claim
+	if e == nil { // it ended before its claim
 		return
 	}
 	e.mu.Lock()
 	if e.binary != b {
+		if i := slices.Index(e.contenders, b); i >= 0 {
+			e.contenders = slices.Delete(e.contenders, i, i+1)
+		}
 		e.mu.Unlock()
 		return
 	}
-	if e.trial != nil {
-		e.trial.answer(false) // saying goodbye is no sign of life
-	}
 	e.binary = nil
-	e.freed = t.now
 	g.count(e, &g.relay.metrics.connectedBinaries, -1)
+	if len(e.contenders) > 0 {
+		next := e.contenders[0]
+		e.contenders = slices.Delete(e.contenders, 0, 1)
+		g.install(t, e, next) // unlocks
+		return
+	}
+	e.freed = t.now
 	g.count(e, &g.relay.metrics.binariesInGrace, 1)
 	begun := g.graces.begin(e)
 	e.grace = begun
@@ -355,6 +391,9 @@ func (g *registry) each(do func(*entry)) {
 func (g *registry) members(l leg) (all []*conn) {
 	g.each(func(e *entry) {
 		if l == legBinary && e.binary != nil {
+			for _, b := range e.contenders { // first, or one of them would take the claim
+				all = append(all, &b.conn)
+			}
 			all = append(all, &e.binary.conn)
 		}
 		if l == legPhone {
@@ -398,6 +437,17 @@ func (g *registry) check() error {
 		}
 		if e.binary != nil && e.binary.server != e {
 			fail(e, "its binary belongs to another entry")
+		}
+		if e.binary == nil && len(e.contenders) > 0 {
+			fail(e, "%d contend for what nobody holds", len(e.contenders))
+		}
+		for _, c := range e.contenders {
+			if c.server != e || c.waits.Load() == 0 || c == e.binary {
+				fail(e, "contender %s belongs to another entry or holds this one", c.id)
+			}
+			if c.is(connClosed) {
+				fail(e, "contender %s is closed and still in the line", c.id)
+			}
 		}
 		if len(e.phones) > g.relay.o.maxPhones {
 			fail(e, "%d phones, limit %d", len(e.phones), g.relay.o.maxPhones)

@@ -56,7 +56,6 @@ type relay struct {
 	started  time.Time
 	tick     int64       // nanoseconds between two looks at a connection's timeouts
 	greeting http.Header // of every 101
-	quit     chan struct{}
 	refusals logGate
 	ignored  untrusted
 	drops    logGate
@@ -78,11 +77,10 @@ func newRelay(o options, id identity, version string, instance *instanceState, p
 		limits:  newLimits(o, time.Now),
 		seed:    maphash.MakeSeed(),
 		started: time.Now(),
-		tick:    int64(min(mostLate, o.ping/2, o.messageTimeout/2, o.writeTimeout/2, o.closeTimeout/2)),
+		tick:    int64(min(mostLate, o.ping/2, o.messageTimeout/2, o.writeTimeout/2, o.closeTimeout/2, o.challengeTimeout/2)),
 		greeting: http.Header{
 			instanceHeader: {id.String()},
 		},
-		quit: make(chan struct{}),
 		left: make(chan struct{}, 1),
 	}
 	r.memory.budget = r.limits.budget
@@ -303,7 +301,7 @@ func (r *relay) countUpgrade(l leg, who caller, o upgradeOutcome) {
 type binaryLeg struct {
 	conn
 	id     string // in logs
-	server *entry // set by claim; nil where that was refused
+	server *entry // set by claim
 	probe  bool
 }
 
@@ -341,8 +339,8 @@ func (r *relay) serveBinary(who caller, nc net.Conn, first, answer []byte) {
 	if !r.takeOver(&b.conn, legBinary, who, nc, answer) {
 		return
 	}
-	refused := r.registry.claim(b, who.serverID, who.probe)
-	r.begin(&b.conn, legBinary, b.id, who, refused, refused.String(), first)
+	r.registry.claim(b, who.serverID, who.probe)
+	r.begin(&b.conn, first)
 }
 
 func (r *relay) servePhone(who caller, nc net.Conn, first, answer []byte) {
@@ -351,8 +349,14 @@ func (r *relay) servePhone(who caller, nc net.Conn, first, answer []byte) {
 	if !r.takeOver(&ph.conn, legPhone, who, nc, answer) {
 		return
 	}
-	refused, text := r.registry.join(ph, who.serverID)
-	r.begin(&ph.conn, legPhone, ph.id, who, refused, text, first)
+	if refused, text := r.registry.join(ph, who.serverID); refused != endNone {
+		t := r.batch()
+		r.refuseSession(t, &ph.conn, legPhone, ph.id, who.serverID, refused, text)
+		t.flush()
+	} else {
+		r.logConnected(&ph.conn, legPhone, ph.id, who.serverID, who.probe)
+	}
+	r.begin(&ph.conn, first)
 }
 
 // takeOver makes nc c's, and queues the answer to its request. Where no poller
@@ -370,19 +374,10 @@ func (r *relay) takeOver(c *conn, l leg, who caller, nc net.Conn, answer []byte)
 	return true
 }
 
-// begin starts a session, or ends it at once where the registry refused it:
-// that is a close code, because peers understand these as nothing else.
-func (r *relay) begin(c *conn, l leg, id string, who caller, refused closeReason, text string, first []byte) {
+// begin sends the 101, with whatever is queued behind it by now, and starts the
+// reading.
+func (r *relay) begin(c *conn, first []byte) {
 	t := r.batch()
-	if refused == endNone {
-		r.log.Log(context.Background(), who.level(), "connected", "leg", l, "conn", id, "server", who.serverID, "addr", who.addr)
-	} else {
-		if more, ok := r.refusals.allow(r.now()); ok {
-			r.log.Warn("session refused", "leg", l, "conn", id, "server", who.serverID, "addr", who.addr,
-				"code", refused.code(), "reason", refused, "detail", text, "unlogged", more)
-		}
-		c.finish(t, refused, refused.code(), text)
-	}
 	c.mu.Lock()
 	t.addLocked(c)
 	c.mu.Unlock()
@@ -390,9 +385,21 @@ func (r *relay) begin(c *conn, l leg, id string, who caller, refused closeReason
 	c.sock.attach(first)
 }
 
-// level is that of a session's log lines.
-func (w caller) level() slog.Level { return levelOf(w.probe) }
+func (r *relay) logConnected(c *conn, l leg, id, serverID string, probe bool) {
+	r.log.Log(context.Background(), levelOf(probe), "connected", "leg", l, "conn", id, "server", serverID, "addr", c.addr)
+}
 
+// refuseSession ends a session that the registry refused. That is a close code,
+// because peers understand these as nothing else.
+func (r *relay) refuseSession(t *batch, c *conn, l leg, id, serverID string, reason closeReason, text string) {
+	if more, ok := r.refusals.allow(r.now()); ok {
+		r.log.Warn("session refused", "leg", l, "conn", id, "server", serverID, "addr", c.addr,
+			"code", reason.code(), "reason", reason, "detail", text, "unlogged", more)
+	}
+	c.finish(t, reason, reason.code(), text)
+}
+
+// levelOf is that of a session's log lines.
 func levelOf(probe bool) slog.Level {
 	if probe {
 		return slog.LevelDebug
@@ -523,6 +530,16 @@ func (b *binaryLeg) drop(t *batch, reason dropReason) {
 	}
 }
 
+// challenged is peer's: the registry decides what an answer, or none, means.
+func (b *binaryLeg) challenged(t *batch, heard bool) {
+	if heard {
+		t.relay.registry.answered(t, b)
+	} else {
+		t.relay.registry.overdue(t, b)
+	}
+}
+func (ph *phoneLeg) challenged(*batch, bool) {} // nobody contends for a phone
+
 func (b *binaryLeg) ended(t *batch, _ closeReason, _ uint16)    { t.relay.registry.release(t, b) }
 func (ph *phoneLeg) ended(t *batch, _ closeReason, code uint16) { t.relay.registry.leave(t, ph, code) }
 
@@ -541,7 +558,12 @@ func (r *relay) sessionOver(t *batch, c *conn, l leg, id string, e *entry, probe
 	if !probe {
 		r.metrics.closes[l][reason].Add(1)
 	}
-	if e != nil { // a refused one has had its line
+	switch refused := e == nil || reason == endAlreadyClaimed; {
+	case refused: // it has had its line
+	case c.waits.Load() != 0:
+		r.log.Log(context.Background(), levelOf(probe), "claim withdrawn", "leg", l, "conn", id, "server", e.id, "addr", c.addr,
+			"code", code, "reason", reason)
+	default:
 		r.log.Log(context.Background(), levelOf(probe), "disconnected", "leg", l, "conn", id, "server", e.id,
 			"duration", time.Duration(t.now-c.opened),
 			"frames_in", c.rxFrames, "bytes_in", c.rxBytes, "frames_out", txFrames, "bytes_out", txBytes,
