@@ -483,7 +483,7 @@ func (b *binaryLeg) message(t *batch, op byte, p []byte) {
 		return
 	}
 	if drop != dropNone {
-		b.drop(t, drop)
+		b.drop(t, slog.LevelWarn, drop)
 		return
 	}
 	e := b.server
@@ -491,7 +491,11 @@ func (b *binaryLeg) message(t *batch, op byte, p []byte) {
 	ph := e.phones[string(env.connID)]
 	if ph == nil || e.binary != b {
 		e.mu.Unlock()
-		b.drop(t, dropUnknownConn)
+		level := slog.LevelWarn
+		if env.frame == nil {
+			level = slog.LevelDebug // a daemon closes a phone of whose end it has just been told
+		}
+		b.drop(t, level, dropUnknownConn)
 		return
 	}
 	if env.hasClose {
@@ -519,14 +523,14 @@ func (b *binaryLeg) message(t *batch, op byte, p []byte) {
 
 // drop counts an envelope that goes nowhere. A push wake is not logged: it
 // holds a credential, and newer daemons send it as a matter of course.
-func (b *binaryLeg) drop(t *batch, reason dropReason) {
+func (b *binaryLeg) drop(t *batch, level slog.Level, reason dropReason) {
 	r := t.relay
 	r.metrics.drops[reason].Add(1)
-	if reason == dropPushWake {
+	if reason == dropPushWake || !r.log.Enabled(context.Background(), level) {
 		return
 	}
 	if more, ok := r.drops.allow(t.now); ok {
-		r.log.Warn("envelope dropped", "conn", b.id, "server", b.server.id, "reason", reason, "unlogged", more)
+		r.log.Log(context.Background(), level, "envelope dropped", "conn", b.id, "server", b.server.id, "reason", reason, "unlogged", more)
 	}
 }
 

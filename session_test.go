@@ -373,3 +373,25 @@ func (c *eagerConn) Write(p []byte) (int, error) {
 	}
 	return len(p), nil
 }
+
+// Daemons answer a close notice with a close for the phone that is gone: that is
+// counted, and no warning.
+func TestCloseOfAnUnknownPhoneIsNoWarning(t *testing.T) {
+	t.Parallel()
+	for _, c := range []struct{ envelope, level string }{
+		{`{"conn_id":"gone","close_code":4401}`, "DEBUG"},
+		{`{"conn_id":"gone","frame":null,"close_code":4401}`, "DEBUG"},
+		{`{"conn_id":"gone","frame":1}`, "WARN"},
+		{`{"conn_id":"gone","frame":1,"close_code":4401}`, "WARN"},
+	} {
+		r := startRelay(t, testOptions())
+		b := r.binary("id")
+		b.text(c.envelope)
+		r.settle("it is dropped", func() bool { return r.metrics.drops[dropUnknownConn].Load() == 1 })
+		b.frame(opPing, nil)
+		b.wantPong(nil)
+		if want := "level=" + c.level + ` msg="envelope dropped"`; !strings.Contains(r.logs.String(), want) {
+			t.Errorf("%s: no line with %s in the log:\n%s", c.envelope, want, r.logs)
+		}
+	}
+}
