@@ -83,20 +83,31 @@ func defaultOptions() options {
 	}
 }
 
-// setting is a flag.Value whose refusal says what would be right.
-type setting struct {
-	set  func(string) error
-	show func() string
-	bool bool
+// value is a flag.Value whose refusal says what would be right.
+type value[T any] struct {
+	p      *T
+	parse  func(string) (T, error)
+	format func(T) string
 }
 
-func (s setting) Set(v string) error { return s.set(v) }
-func (s setting) IsBoolFlag() bool   { return s.bool }
-func (s setting) String() string {
-	if s.show == nil { // package flag asks a zero value
+func (v value[T]) Set(s string) error {
+	parsed, err := v.parse(s)
+	if err == nil {
+		*v.p = parsed
+	}
+	return err
+}
+
+func (v value[T]) String() string {
+	if v.p == nil { // package flag asks a zero value
 		return ""
 	}
-	return s.show()
+	return v.format(*v.p)
+}
+
+func (v value[T]) IsBoolFlag() bool {
+	_, ok := any(v.p).(*bool)
+	return ok
 }
 
 // flags declares every flag, with o's values as defaults.
@@ -104,11 +115,11 @@ func (o *options) flags() *flag.FlagSet {
 	fs := flag.NewFlagSet("pyrycode-relay", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	fs.Usage = func() {}
-	fs.Var(address(&o.listen), "listen", "`address` of the public listener: plain HTTP, for a TLS proxy in front")
-	fs.Var(adminAddress(&o.admin), "admin", "`address` of /metrics, loopback only unless -admin-any; \"off\" or an empty value turns it off")
+	fs.Var(text(&o.listen, parseAddress), "listen", "`address` of the public listener: plain HTTP, for a TLS proxy in front")
+	fs.Var(text(&o.admin, parseAdmin), "admin", "`address` of /metrics, loopback only unless -admin-any; \"off\" or an empty value turns it off")
 	fs.Var(truthValue(&o.adminAny), "admin-any", "let -admin be any address: whoever reaches it reads the metrics")
-	fs.Var(lockAddress(&o.instanceLock), "instance-lock", "loopback `address` whose bind proves that this is the only relay on this host")
-	fs.Var(publicAddress(&o.publicURL), "public-url", "the relay's own public `URL`, as wss://relay.example.com: it then checks from outside who answers there")
+	fs.Var(text(&o.instanceLock, parseLock), "instance-lock", "loopback `address` whose bind proves that this is the only relay on this host")
+	fs.Var(value[*url.URL]{&o.publicURL, parsePublicURL, formatPublicURL}, "public-url", "the relay's own public `URL`, as wss://relay.example.com: it then checks from outside who answers there")
 	fs.Var(duration(&o.grace, 0, time.Hour), "grace", "`duration` for which a claim outlives its binary's connection")
 	fs.Var(duration(&o.ping, time.Second, time.Hour), "ping", "`duration` between heartbeats; a peer silent for one more is dead")
 	fs.Var(duration(&o.drain, time.Second, time.Hour), "drain", "`duration` that a shutdown may take")
@@ -119,9 +130,9 @@ func (o *options) flags() *flag.FlagSet {
 	fs.Var(number(&o.queueTotal, 1<<10, 1<<40), "queue-total", "`bytes` queued, and of half-received messages, in the whole process")
 	fs.Var(number(&o.ratePerMinute, 0, 1<<20), "rate-per-minute", "`upgrades` per client address (IPv4 /32, IPv6 /64) and minute; 0 turns the limit off")
 	fs.Var(number(&o.rateBurst, 1, 1<<20), "rate-burst", "`upgrades` that an address may ask for at once")
-	fs.Var(prefixes(&o.trustedProxies), "trusted-proxies", "`networks` whose X-Forwarded-For is believed; empty for none")
-	fs.Var(choice(&o.logFormat, "text", "json"), "log-format", "`format` of the log: text or json")
-	fs.Var(level(&o.logLevel), "log-level", "lowest `level` that is logged: debug, info, warn or error")
+	fs.Var(value[[]netip.Prefix]{&o.trustedProxies, parsePrefixes, formatPrefixes}, "trusted-proxies", "`networks` whose X-Forwarded-For is believed; empty for none")
+	fs.Var(text(&o.logFormat, parseLogFormat), "log-format", "`format` of the log: text or json")
+	fs.Var(value[slog.Level]{&o.logLevel, parseLevel, formatLevel}, "log-level", "lowest `level` that is logged: debug, info, warn or error")
 	return fs
 }
 
@@ -293,152 +304,101 @@ address in use is exit code 1.
 
 // ---- kinds of values ----
 
-func number[T int | int64](p *T, low, high T) setting {
-	return setting{
-		set: func(s string) error {
-			n, err := strconv.ParseInt(s, 10, 64)
-			if err != nil || n < int64(low) || n > int64(high) {
-				return fmt.Errorf("want a whole number from %d to %d", low, high)
-			}
-			*p = T(n)
-			return nil
-		},
-		show: func() string { return strconv.FormatInt(int64(*p), 10) },
-	}
+func text(p *string, parse func(string) (string, error)) value[string] {
+	return value[string]{p, parse, func(s string) string { return s }}
 }
 
-func duration(p *time.Duration, low, high time.Duration) setting {
-	return setting{
-		set: func(s string) error {
-			d, err := time.ParseDuration(s)
-			if err != nil || d < low || d > high {
-				return fmt.Errorf("want a duration from %v to %v, such as 30s", low, high)
-			}
-			*p = d
-			return nil
-		},
-		show: func() string { return p.String() },
+func number[T int | int64](p *T, low, high T) value[T] {
+	parse := func(s string) (T, error) {
+		n, err := strconv.ParseInt(s, 10, 64)
+		if err != nil || n < int64(low) || n > int64(high) {
+			return 0, fmt.Errorf("want a whole number from %d to %d", low, high)
+		}
+		return T(n), nil
 	}
+	return value[T]{p, parse, func(n T) string { return strconv.FormatInt(int64(n), 10) }}
 }
 
-func truthValue(p *bool) setting {
-	return setting{
-		set: func(s string) error {
-			b, err := strconv.ParseBool(s)
-			if err != nil {
-				return fmt.Errorf("want true or false")
-			}
-			*p = b
-			return nil
-		},
-		show: func() string { return strconv.FormatBool(*p) },
-		bool: true,
+func duration(p *time.Duration, low, high time.Duration) value[time.Duration] {
+	parse := func(s string) (time.Duration, error) {
+		d, err := time.ParseDuration(s)
+		if err != nil || d < low || d > high {
+			return 0, fmt.Errorf("want a duration from %v to %v, such as 30s", low, high)
+		}
+		return d, nil
 	}
+	return value[time.Duration]{p, parse, time.Duration.String}
 }
 
-func choice(p *string, words ...string) setting {
-	return setting{
-		set: func(s string) error {
-			if !slices.Contains(words, s) {
-				return fmt.Errorf("want %s", strings.Join(words, " or "))
-			}
-			*p = s
-			return nil
-		},
-		show: func() string { return *p },
+func truthValue(p *bool) value[bool] {
+	parse := func(s string) (bool, error) {
+		b, err := strconv.ParseBool(s)
+		if err != nil {
+			return false, fmt.Errorf("want true or false")
+		}
+		return b, nil
 	}
+	return value[bool]{p, parse, strconv.FormatBool}
 }
 
-func level(p *slog.Level) setting {
-	levels := map[string]slog.Level{"debug": slog.LevelDebug, "info": slog.LevelInfo, "warn": slog.LevelWarn, "error": slog.LevelError}
-	return setting{
-		set: func(s string) error {
-			l, ok := levels[s]
-			if !ok {
-				return fmt.Errorf("want debug, info, warn or error")
-			}
-			*p = l
-			return nil
-		},
-		show: func() string { return strings.ToLower(p.String()) },
+func parseLogFormat(s string) (string, error) {
+	if s != "text" && s != "json" {
+		return "", fmt.Errorf("want text or json")
 	}
+	return s, nil
 }
 
-func checkAddress(s string) error {
+func parseLevel(s string) (slog.Level, error) {
+	for _, l := range []slog.Level{slog.LevelDebug, slog.LevelInfo, slog.LevelWarn, slog.LevelError} {
+		if s == formatLevel(l) {
+			return l, nil
+		}
+	}
+	return 0, fmt.Errorf("want debug, info, warn or error")
+}
+
+func formatLevel(l slog.Level) string { return strings.ToLower(l.String()) }
+
+func parseAddress(s string) (string, error) {
 	_, port, err := net.SplitHostPort(s)
 	if _, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil {
-		return fmt.Errorf("want host:port, such as 127.0.0.1:8080")
+		return "", fmt.Errorf("want host:port, such as 127.0.0.1:8080")
 	}
-	return nil
+	return s, nil
 }
 
-func address(p *string) setting {
-	return setting{
-		set: func(s string) error {
-			if err := checkAddress(s); err != nil {
-				return err
-			}
-			*p = s
-			return nil
-		},
-		show: func() string { return *p },
+func parseAdmin(s string) (string, error) {
+	if s == "off" || s == "" {
+		return "", nil
 	}
+	if _, err := parseAddress(s); err != nil {
+		return "", fmt.Errorf("want host:port, such as 127.0.0.1:8081, or off")
+	}
+	return s, nil
 }
 
-func adminAddress(p *string) setting {
-	a := address(p)
-	return setting{
-		set: func(s string) error {
-			if s == "off" || s == "" {
-				*p = ""
-				return nil
-			}
-			if a.set(s) != nil {
-				return fmt.Errorf("want host:port, such as 127.0.0.1:8081, or off")
-			}
-			return nil
-		},
-		show: a.show,
+// parseLock takes no host name, since one name can stand for two addresses, and no
+// port 0, since that would be another port for every relay.
+func parseLock(s string) (string, error) {
+	a, err := netip.ParseAddrPort(s)
+	if err != nil || !a.Addr().IsLoopback() || a.Port() == 0 {
+		return "", fmt.Errorf("want a loopback address and a fixed port, such as 127.0.0.1:24404, the same for every relay on this host")
 	}
+	return s, nil
 }
 
-// lockAddress takes no host name, since one name can stand for two addresses,
-// and no port 0, since that would be another port for every relay.
-func lockAddress(p *string) setting {
-	return setting{
-		set: func(s string) error {
-			a, err := netip.ParseAddrPort(s)
-			if err != nil || !a.Addr().IsLoopback() || a.Port() == 0 {
-				return fmt.Errorf("want a loopback address and a fixed port, such as 127.0.0.1:24404, the same for every relay on this host")
-			}
-			*p = s
-			return nil
-		},
-		show: func() string { return *p },
+func parsePublicURL(s string) (*url.URL, error) {
+	if s == "" {
+		return nil, nil
 	}
+	return parseRelayURL(s)
 }
 
-func publicAddress(p **url.URL) setting {
-	return setting{
-		set: func(s string) error {
-			if s == "" {
-				*p = nil
-				return nil
-			}
-			u, err := parseRelayURL(s)
-			if err != nil {
-				return err
-			}
-			*p = u
-			return nil
-		},
-		show: func() string {
-			if *p == nil {
-				return ""
-			}
-			return (*p).String()
-		},
+func formatPublicURL(u *url.URL) string {
+	if u == nil {
+		return ""
 	}
+	return u.String()
 }
 
 // parseRelayURL reads a relay's base address as peers are given it.
@@ -459,32 +419,27 @@ func parseRelayURL(s string) (*url.URL, error) {
 	return base, nil
 }
 
-func prefixes(p *[]netip.Prefix) setting {
-	return setting{
-		set: func(s string) error {
-			var all []netip.Prefix
-			for part := range strings.SplitSeq(s, ",") {
-				if part = strings.TrimSpace(part); part == "" {
-					continue
-				}
-				n, err := netip.ParsePrefix(part)
-				if a, addrErr := netip.ParseAddr(part); err != nil && addrErr == nil {
-					n, err = netip.PrefixFrom(a, a.BitLen()), nil
-				}
-				if err != nil {
-					return fmt.Errorf("want addresses or networks with commas between, such as 10.0.0.5,fd00::/8: %q is neither", part)
-				}
-				all = append(all, n.Masked())
-			}
-			*p = all
-			return nil
-		},
-		show: func() string {
-			var b []string
-			for _, n := range *p {
-				b = append(b, n.String())
-			}
-			return strings.Join(b, ",")
-		},
+func parsePrefixes(s string) (all []netip.Prefix, err error) {
+	for part := range strings.SplitSeq(s, ",") {
+		if part = strings.TrimSpace(part); part == "" {
+			continue
+		}
+		n, err := netip.ParsePrefix(part)
+		if a, addrErr := netip.ParseAddr(part); err != nil && addrErr == nil {
+			n, err = netip.PrefixFrom(a, a.BitLen()), nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("want addresses or networks with commas between, such as 10.0.0.5,fd00::/8: %q is neither", part)
+		}
+		all = append(all, n.Masked())
 	}
+	return all, nil
+}
+
+func formatPrefixes(nets []netip.Prefix) string {
+	var b []string
+	for _, n := range nets {
+		b = append(b, n.String())
+	}
+	return strings.Join(b, ",")
 }
