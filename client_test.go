@@ -11,6 +11,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -60,7 +61,7 @@ func startRelayOn(t testing.TB, o options, ln net.Listener) *testRelay {
 	debug.logLevel = slog.LevelDebug
 	log := newLogger(r.logs, debug)
 	var err error
-	r.relay, err = newRelay(o, newIdentity(time.Now()), "test", newInstanceState(), newProbeKeys(), log)
+	r.relay, err = newRelay(o, newIdentity(time.Now()), buildVersion{"test", "unknown", runtime.Version()}, newInstanceState(), newProbeKeys(), log)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -137,7 +137,7 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 		adminAddr = admin.Addr().String()
 	}
 
-	r, err := newRelay(o, id, build.version, state, newProbeKeys(), log)
+	r, err := newRelay(o, id, build, state, newProbeKeys(), log)
 	if err != nil {
 		return exitFailed, err
 	}

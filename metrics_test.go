@@ -115,7 +115,7 @@ func TestMetricsBeginAtZero(t *testing.T) {
 		delete(got, series)
 	}
 
-	build := readBuildVersion()
+	build := r.build
 	for series, want := range map[string]float64{
 		`instance_check{check="host",verdict="held"}`:  1,
 		`instance_check{check="public",verdict="off"}`: 1,

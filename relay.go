@@ -43,7 +43,7 @@ type relay struct {
 	// Set at the start.
 	o        options
 	id       identity
-	version  string
+	build    buildVersion
 	log      *slog.Logger
 	metrics  *metrics
 	limits   *limits
@@ -71,9 +71,9 @@ type relay struct {
 }
 
 // newRelay starts a relay, which serves until drain.
-func newRelay(o options, id identity, version string, instance *instanceState, probes *probeKeys, log *slog.Logger) (*relay, error) {
+func newRelay(o options, id identity, build buildVersion, instance *instanceState, probes *probeKeys, log *slog.Logger) (*relay, error) {
 	r := &relay{
-		o: o, id: id, version: version, log: log, instance: instance, probes: probes,
+		o: o, id: id, build: build, log: log, instance: instance, probes: probes,
 		limits:  newLimits(o, time.Now),
 		seed:    maphash.MakeSeed(),
 		started: time.Now(),
@@ -86,7 +86,7 @@ func newRelay(o options, id identity, version string, instance *instanceState, p
 	r.memory.budget = r.limits.budget
 	r.registry.relay = r
 	r.registry.graces = graces{length: o.grace, now: r.now, expire: r.registry.expire}
-	r.metrics = newMetrics(id, readBuildVersion(), instance, r.memory.budget)
+	r.metrics = newMetrics(id, build, instance, r.memory.budget)
 	r.fallback = newGoPoller(r)
 	// One loop moves a million small frames a second; the other half of the
 	// processors is for the kernel's side of the network and the handshakes.
@@ -155,7 +155,7 @@ func (r *relay) health(w http.ResponseWriter) {
 		Phones   int64  `json:"connected_phones"`
 		Uptime   int64  `json:"uptime_seconds"`
 	}{
-		status, r.version, r.id.id, r.instance.publicWord(),
+		status, r.build.version, r.id.id, r.instance.publicWord(),
 		r.metrics.connectedBinaries.Load(), r.metrics.connectedPhones.Load(), r.now() / int64(time.Second),
 	})
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"runtime/debug"
+	"sync"
 )
 
 // version is set by the linker for releases: -ldflags "-X main.version=v1.2.3".
@@ -13,8 +14,9 @@ type buildVersion struct {
 	version, revision, goVersion string
 }
 
-// readBuildVersion prefers the linker's value, then what the go command left.
-func readBuildVersion() buildVersion {
+// readBuildVersion prefers the linker's value, then what the go command left. It
+// reads once.
+var readBuildVersion = sync.OnceValue(func() buildVersion {
 	v := buildVersion{version: version, revision: "unknown"}
 	info, ok := debug.ReadBuildInfo()
 	if !ok {
@@ -38,7 +40,7 @@ func readBuildVersion() buildVersion {
 	}
 	v.revision += dirty
 	return v
-}
+})
 
 func (v buildVersion) String() string {
 	return fmt.Sprintf("pyrycode-relay %s, revision %s, %s", v.version, v.revision, v.goVersion)
