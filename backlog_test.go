@@ -2,8 +2,11 @@ package main
 
 import (
 	"fmt"
+	"net"
+	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -276,4 +279,168 @@ func TestSlowBinary(t *testing.T) {
 		senders.Wait()
 		r.settle("nothing is kept", func() bool { return r.memory.budget.used() == 0 })
 	})
+}
+
+// Bytes that turn out to wait take nothing of what is kept for those that pass:
+// a phone for which they do not fit ends, as it is.
+func TestBacklogThatTurnsOutToWait(t *testing.T) {
+	t.Parallel()
+	for _, size := range []int{1000, 100 << 10} { // with the batch, and at once
+		t.Run(fmt.Sprint(size), func(t *testing.T) {
+			t.Parallel()
+			r := startRelay(t, testOptions())
+			b, bs, ph, ps, bt := memPair(t, r.relay)
+			budget := r.memory.budget
+			held := int(budget.limit - budget.limit/8)
+			budget.take(held, useBacklog)
+			defer budget.give(held)
+			ps.full, ps.room = true, 10
+			b.message(bt, opText, []byte(`{"conn_id":"phone-1","frame":`+numbered(0, size)+`}`))
+			bt.flush()
+			if ph.is(connOpen) || ph.endReason != endMemoryLimit || !ps.aborted {
+				t.Errorf("the phone ended with %q, cut off: %v", ph.endReason, ps.aborted)
+			}
+			if got := bs.frames(t); len(got) != 1 || got[0].payload != `{"conn_id":"phone-1","close_code":1011}` {
+				t.Errorf("the binary got %q", got)
+			}
+			if n := budget.used() - int64(held); n > int64(blockSizes[0]) { // a close frame that leads nowhere
+				t.Errorf("%d bytes wait", n)
+			}
+		})
+	}
+}
+
+// What waits for a binary does not end it, nor its phones, while phones elsewhere
+// have filled all that they may.
+func TestBacklogOfPhonesSparesBinaries(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	_, bs, ph, _, bt := memPair(t, r.relay)
+	budget := r.memory.budget
+	held := 0
+	for budget.take(1<<10, usePassing) {
+		held += 1 << 10
+	}
+	defer budget.give(held)
+	bs.full = true
+	for i := range 20 {
+		ph.owner.message(bt, opText, []byte(numbered(i, 4<<10)))
+		bt.flush()
+	}
+	if !ph.is(connOpen) {
+		t.Errorf("a phone that sends to its binary ended with %q", ph.endReason)
+	}
+}
+
+// Slow phones of many binaries, and new ones for those that were closed, end
+// nobody who is not slow.
+func TestBacklogOfManySlowPhones(t *testing.T) {
+	t.Parallel()
+	const binaries, enough = 24, 50
+	o := testOptions()
+	o.queueTotal, o.maxPhones = 16<<20, 4
+	o.ping, o.writeTimeout = time.Hour, time.Minute
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var tight atomic.Bool
+	r := startRelayOn(t, o, tightListener{ln, &tight})
+	healthy, reader, id := r.pair("healthy")
+	tight.Store(true)
+	over := func() int64 { return r.metrics.closes[legPhone][endMemoryLimit].Load() }
+	stop := make(chan struct{})
+	var slow sync.WaitGroup
+	for i := range binaries {
+		server := fmt.Sprint("slow-", i)
+		b := r.binary(server)
+		slow.Go(func() { feedSlowPhones(t, r, b, server, stop) })
+	}
+	frame := numbered(0, 100<<10)
+	for end := time.Now().Add(patience); over() < enough; {
+		if time.Now().After(end) {
+			t.Fatalf("%d slow phones were closed, and %d bytes are kept of %d", over(), r.memory.budget.used(), o.queueTotal)
+		}
+		healthy.raw(plainFrame(id, frame))
+		if got := reader.message(); got != frame {
+			t.Fatalf("%d bytes arrived", len(got))
+		}
+	}
+	close(stop)
+	slow.Wait()
+	for reason := range closeReasonCount {
+		if n := r.metrics.closes[legBinary][reason].Load(); n > 0 {
+			t.Errorf("%d binaries ended with %q", n, reason)
+		}
+	}
+}
+
+// tightListener keeps the kernel from taking megabytes for each peer that does
+// not read, once it is told to.
+type tightListener struct {
+	net.Listener
+	tight *atomic.Bool
+}
+
+func (ln tightListener) Accept() (net.Conn, error) {
+	nc, err := ln.Listener.Accept()
+	if err == nil && ln.tight.Load() {
+		err = nc.(*net.TCPConn).SetWriteBuffer(16 << 10)
+	}
+	return nc, err
+}
+
+// plainFrame is an envelope under the mask 0, which costs a test nothing.
+func plainFrame(connID, frame string) []byte {
+	p := `{"conn_id":"` + connID + `","frame":` + frame + `}`
+	b := appendFrameHeader(nil, opText, len(p))
+	b[1] |= 0x80
+	return append(append(b, 0, 0, 0, 0), p...)
+}
+
+// feedSlowPhones sends frame after frame to as many phones as b may have. They
+// read none, and each that is closed is replaced.
+func feedSlowPhones(t *testing.T, r *testRelay, b *wsClient, server string, stop chan struct{}) {
+	var ids []string
+	frame := numbered(0, 15<<10)
+	// hear reads what b gets until a frame of this kind.
+	hear := func(until byte) string {
+		for {
+			op, p, err := b.next()
+			if err != nil || op == opClose {
+				t.Errorf("%s: opcode %d %q, %v", server, op, p, err)
+				return ""
+			}
+			connID := ""
+			if op == opText {
+				connID = strings.Split(string(p), `"`)[3]
+			}
+			if strings.Contains(string(p), "close_code") {
+				ids = slices.DeleteFunc(ids, func(id string) bool { return id == connID })
+			} else if op == until {
+				return connID
+			}
+		}
+	}
+	for !t.Failed() {
+		select {
+		case <-stop:
+			return
+		default:
+		}
+		for len(ids) < r.o.maxPhones {
+			ph, _, err := r.dial("/v2/client", phoneHeaders(server))
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			ph.text(`"hello"`)
+			ids = append(ids, hear(opText))
+		}
+		for _, id := range ids {
+			b.raw(plainFrame(id, frame))
+		}
+		b.frame(opPing, nil) // notices come before its answer
+		hear(opPong)
+	}
 }

@@ -80,11 +80,12 @@ const (
 
 type conn struct {
 	// Set before the reader starts.
-	relay  *relay
-	owner  peer
-	sock   socket
-	addr   netip.Addr // of the client, behind proxies too
-	opened int64      // relay clock
+	relay   *relay
+	owner   peer
+	sock    socket
+	addr    netip.Addr // of the client, behind proxies too
+	opened  int64      // relay clock
+	passing use        // what its bytes count as while they do not wait: usePassing, useBinary
 
 	state atomic.Uint32 // connState; written under mu
 	reads atomic.Uint32 // times bytes were heard; written by the reader
@@ -148,10 +149,13 @@ func (t *batch) flush() {
 		t.dirty[i] = nil
 		c.mu.Lock()
 		c.dirty = false
-		c.flush(t)
+		fits := c.flushNew(t)
 		woken := c.drained()
 		c.mu.Unlock()
 		wake(woken)
+		if !fits {
+			c.end(t, endMemoryLimit)
+		}
 	}
 	t.dirty = t.dirty[:0]
 	if t.upFrames+t.downFrames > 0 {
@@ -174,6 +178,10 @@ func (c *conn) init(r *relay, owner peer, addr netip.Addr) {
 	c.relay, c.owner, c.addr = r, owner, addr
 	c.opened = r.now()
 	c.endReason = endNone
+	c.passing = usePassing
+	if _, ok := owner.(*binaryLeg); ok {
+		c.passing = useBinary
+	}
 	// Connections that come in a wave, as after a restart, are not pinged in one.
 	c.pingAt = c.opened + int64(r.o.ping)/2 + r.jitter(int64(r.o.ping)/2)
 }
@@ -220,6 +228,11 @@ func (c *conn) finish(t *batch, reason closeReason, code uint16, text string) {
 		return
 	}
 	c.setEnd(connClosing, reason, code)
+	if reason == endMemoryLimit && !c.fits(0) {
+		// It goes as it is: half a message is out, perhaps, which no close frame may
+		// follow, and the rest of that is what there is no room for.
+		c.cut()
+	}
 	var b [2 + maxControl]byte
 	wire := code
 	if wire == noCloseCode {
@@ -252,8 +265,7 @@ func (c *conn) end(t *batch, reason closeReason) {
 func (c *conn) abort() {
 	c.mu.Lock()
 	if !c.is(connClosed) {
-		c.broken = true
-		c.sock.abort()
+		c.cut()
 	}
 	c.mu.Unlock()
 	c.sock.resume() // a paused reader would not find the end
@@ -269,8 +281,7 @@ func (c *conn) tick(t *batch) {
 	case c.is(connClosed) || c.broken:
 	case !c.is(connOpen):
 		if c.closeBy != 0 && t.now >= c.closeBy {
-			c.broken = true
-			c.sock.abort()
+			c.cut()
 		}
 	case c.blocked != 0 && t.now-c.blocked >= int64(o.writeTimeout):
 		if c.stuck(t) {

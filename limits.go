@@ -71,12 +71,16 @@ type budget struct {
 type use uint8
 
 const (
-	// useBacklog: they wait for a peer that takes nothing, or is not there. The
-	// last eighth is not theirs: phones that do not read must not cost those
-	// who do, nor the binaries, what passes through.
+	// useBacklog: they wait for a phone that takes nothing, or for a binary that
+	// is not there. The last eighth is not theirs: phones that do not read must
+	// not cost those that do what passes through.
 	useBacklog use = iota
-	// usePassing: what is half received, or goes out with this batch.
+	// usePassing: what is half received from a phone, or goes out to one with this
+	// batch. The last sixteenth is not theirs.
 	usePassing
+	// useBinary: what is half received from a binary, or waits for one. Of that
+	// each has little, since a binary that takes nothing holds its phones back.
+	useBinary
 	// useAlways: control frames and close notices, a few bytes without which
 	// nothing could be ended in order. They are charged whether they fit or not.
 	useAlways
@@ -88,6 +92,8 @@ func (b *budget) take(n int, u use) bool {
 	switch u {
 	case useBacklog:
 		limit -= limit / 8
+	case usePassing:
+		limit -= limit / 16
 	case useAlways:
 		b.n.Add(int64(n))
 		return true
@@ -102,6 +108,11 @@ func (b *budget) take(n int, u use) bool {
 		}
 	}
 }
+
+// share is how many bytes may wait for one phone: twice as many as are still free
+// of what all that wait may take. However many phones take nothing, they leave
+// each other, and one that only stops for a moment, about the same.
+func (b *budget) share() int64 { return 2 * (b.limit - b.limit/8 - b.used()) }
 
 func (b *budget) give(n int)  { b.n.Add(-int64(n)) }
 func (b *budget) used() int64 { return b.n.Load() }

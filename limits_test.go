@@ -293,7 +293,7 @@ func TestConnectionCap(t *testing.T) {
 
 func TestBudget(t *testing.T) {
 	t.Parallel()
-	const limit, step = 1000, 307
+	const limit, step = 1600, 307
 	b := &budget{limit: limit}
 	var held, most atomic.Int64
 	var wg sync.WaitGroup
@@ -315,15 +315,21 @@ func TestBudget(t *testing.T) {
 	if most.Load() > limit || b.used() != 0 {
 		t.Fatalf("%d of %d bytes held at once, %d left in the end", most.Load(), limit, b.used())
 	}
-	if !b.take(limit, usePassing) || b.take(1, usePassing) {
+	if !b.take(limit, useBinary) || b.take(1, useBinary) {
 		t.Fatal("the budget is not exactly its limit")
 	}
-	if !b.take(5, useAlways) || b.used() != limit+5 || b.take(1, usePassing) {
+	if !b.take(5, useAlways) || b.used() != limit+5 || b.take(1, useBinary) {
 		t.Fatalf("%d bytes used after 5 that always fit", b.used())
 	}
 	b.give(limit + 5)
-	if !b.take(limit*7/8, useBacklog) || b.take(1, useBacklog) || !b.take(limit/8, usePassing) {
+	if !b.take(limit*7/8, useBacklog) || b.take(1, useBacklog) {
 		t.Fatal("a backlog does not have exactly seven eighths")
+	}
+	if !b.take(limit/16, usePassing) || b.take(1, usePassing) {
+		t.Fatal("what passes to phones does not have exactly fifteen sixteenths")
+	}
+	if !b.take(limit/16, useBinary) || b.take(1, useBinary) {
+		t.Fatal("the last sixteenth is not that of binaries")
 	}
 }
 

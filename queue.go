@@ -61,11 +61,11 @@ func (m *memory) put(k *block) {
 
 // grow returns a block with k's content and room for at least n bytes in all;
 // k is given back. It returns nil, and k stays, when the budget is spent.
-func (m *memory) grow(k *block, n int) *block {
+func (m *memory) grow(k *block, n int, u use) *block {
 	if n <= len(k.b) {
 		return k
 	}
-	big := m.get(n, usePassing)
+	big := m.get(n, u)
 	if big == nil {
 		return nil
 	}

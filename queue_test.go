@@ -84,10 +84,10 @@ func TestQueueBudget(t *testing.T) {
 	t.Parallel()
 	m := testMemory(int64(blockSizes[0]))
 	var q queue
-	if !q.add(m, usePassing, []byte("head"), nil, nil) {
+	if !q.add(m, useBinary, []byte("head"), nil, nil) {
 		t.Fatal("the first block was refused")
 	}
-	if q.add(m, usePassing, make([]byte, blockSizes[0]/2), make([]byte, blockSizes[0]/2), nil) {
+	if q.add(m, useBinary, make([]byte, blockSizes[0]/2), make([]byte, blockSizes[0]/2), nil) {
 		t.Fatal("more than the budget was added")
 	}
 	checkQueue(t, m, &q, []byte("head"))
@@ -144,13 +144,13 @@ func TestBlockGrow(t *testing.T) {
 	k := m.get(1, usePassing)
 	k.w = copy(k.b, "discarded|kept")
 	k.r = len("discarded|")
-	if same := m.grow(k, len(k.b)); same != k {
+	if same := m.grow(k, len(k.b), usePassing); same != k {
 		t.Error("a block with enough room was replaced")
 	}
-	if m.grow(k, 64<<10) != nil || string(k.bytes()) != "kept" || m.budget.used() != int64(len(k.b)) {
+	if m.grow(k, 64<<10, usePassing) != nil || string(k.bytes()) != "kept" || m.budget.used() != int64(len(k.b)) {
 		t.Error("a block that may not grow did not stay as it was")
 	}
-	k = m.grow(k, 4<<10)
+	k = m.grow(k, 4<<10, usePassing)
 	if string(k.bytes()) != "kept" || len(k.b) < 4<<10 || m.budget.used() != int64(len(k.b)) {
 		t.Errorf("grown to %d bytes with %q, %d charged", len(k.b), k.bytes(), m.budget.used())
 	}

@@ -79,7 +79,7 @@ func (c *conn) admit(h frameHeader) closeReason {
 
 // keep stores the beginning of a frame until the rest is there.
 func (c *conn) keep(t *batch, data []byte, h frameHeader) {
-	k := c.relay.memory.get(c.capacity(len(data), h), usePassing)
+	k := c.relay.memory.get(c.capacity(len(data), h), c.passing)
 	if k == nil {
 		c.violation(t, endMemoryLimit)
 		return
@@ -109,7 +109,7 @@ func (c *conn) want() []byte {
 	}
 	total := h.size + int(h.length)
 	if c.in.room() == 0 {
-		k := c.relay.memory.grow(c.in, c.capacity(c.in.w, h))
+		k := c.relay.memory.grow(c.in, c.capacity(c.in.w, h), c.passing)
 		if k == nil {
 			return nil // feed will say so
 		}
@@ -151,7 +151,7 @@ func (c *conn) complete(t *batch, data []byte) []byte {
 		}
 		lack = min(lack, len(data))
 		if c.in.room() < lack {
-			k := c.relay.memory.grow(c.in, max(c.in.w+lack, c.capacity(c.in.w, h)))
+			k := c.relay.memory.grow(c.in, max(c.in.w+lack, c.capacity(c.in.w, h)), c.passing)
 			if k == nil {
 				c.violation(t, endMemoryLimit)
 				return nil
@@ -181,9 +181,9 @@ func (c *conn) keepRest(t *batch, data []byte) {
 	}
 	var k *block
 	if c.rest != nil {
-		k = c.relay.memory.grow(c.rest, have+len(data))
+		k = c.relay.memory.grow(c.rest, have+len(data), c.passing)
 	} else {
-		k = c.relay.memory.get(len(data), usePassing)
+		k = c.relay.memory.get(len(data), c.passing)
 	}
 	if k == nil {
 		c.violation(t, endMemoryLimit)
@@ -229,12 +229,12 @@ func (c *conn) assemble(p []byte) bool {
 	m := &c.relay.memory
 	if c.msg == nil {
 		// One byte at least: an empty first fragment opens a message too.
-		if c.msg = m.get(max(len(p), 1), usePassing); c.msg == nil {
+		if c.msg = m.get(max(len(p), 1), c.passing); c.msg == nil {
 			return false
 		}
 	}
 	if need := c.msg.w + len(p); need > len(c.msg.b) {
-		k := m.grow(c.msg, min(max(need, 2*len(c.msg.b)), c.relay.o.maxFrame))
+		k := m.grow(c.msg, min(max(need, 2*len(c.msg.b)), c.relay.o.maxFrame), c.passing)
 		if k == nil {
 			return false
 		}

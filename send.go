@@ -74,23 +74,21 @@ func (c *conn) put(t *batch, front, payload, tail []byte) bool {
 	if len(payload) >= directWrite && c.blocked == 0 {
 		c.flush(t)
 	}
+	size := len(front) + len(payload) + len(tail)
 	if len(payload) < directWrite || c.out.n > 0 || c.broken {
-		u := usePassing
-		if c.blocked != 0 {
+		u := c.passing
+		if c.blocked != 0 && u == usePassing {
 			u = useBacklog
 		}
-		if !c.enqueue(u, front, payload, tail) {
+		if !c.fits(size) || !c.enqueue(u, front, payload, tail) {
 			return false
 		}
-		if c.out.n >= flushAt {
-			c.flush(t)
-		}
-		return true
+		return c.out.n < flushAt || c.flushNew(t)
 	}
 	// The budget is asked before the first byte is out: half a message could
 	// neither be completed nor followed by a close frame.
-	budget, size := c.relay.memory.budget, len(front)+len(payload)+len(tail)
-	if !budget.take(size, usePassing) {
+	budget := c.relay.memory.budget
+	if !budget.take(size, c.passing) {
 		return false
 	}
 	t.views[0], t.views[1], t.views[2] = front, payload, tail
@@ -105,7 +103,24 @@ func (c *conn) put(t *batch, front, payload, tail []byte) bool {
 	}
 	clear(t.views[:3])
 	c.wrote(t, err)
-	return true
+	return c.fits(0)
+}
+
+// fits reports whether what waits for the peer, and n bytes more, is within its
+// share of the budget, mu held. What waits for a binary has no share: that is
+// bounded by pauseAt, and phones that do not read must not end it.
+func (c *conn) fits(n int) bool {
+	return c.blocked == 0 || c.passing == useBinary || int64(c.out.n+n) <= c.relay.memory.budget.share()
+}
+
+// flushNew is flush for bytes that were queued because they were about to go out,
+// mu held. It reports false if they turn out to wait, and do not fit.
+func (c *conn) flushNew(t *batch) bool {
+	if c.blocked != 0 {
+		return true // they were queued as what waits
+	}
+	c.flush(t)
+	return c.fits(0)
 }
 
 // flush writes what is queued until the socket takes no more, mu held.
@@ -134,11 +149,15 @@ func (c *conn) wrote(t *batch, err error) {
 	case err == errAgain:
 		c.blocked = t.now
 	default:
-		// The reader finds the same error, and ends the connection.
-		c.broken = true
-		c.out.drop(&c.relay.memory)
-		c.sock.abort()
+		c.cut()
 	}
+}
+
+// cut gives up on the peer, mu held. The reader finds the end of the socket.
+func (c *conn) cut() {
+	c.broken = true
+	c.out.drop(&c.relay.memory)
+	c.sock.abort()
 }
 
 // stuck reports whether the peer really takes nothing, mu held. A kernel tells of
