@@ -135,8 +135,13 @@ var strangers = []struct {
 func TestLockHeldByFrozenRelay(t *testing.T) {
 	t.Parallel()
 	first := startProgram(t, nil).listening()
-	first.signal(syscall.SIGSTOP)
-	defer first.signal(syscall.SIGCONT)
+	kill := func(signal string) { // not by package syscall, which has these signals on some systems only
+		if out, err := exec.Command("kill", signal, strconv.Itoa(first.cmd.Process.Pid)).CombinedOutput(); err != nil {
+			t.Fatalf("kill %s: %v: %s", signal, err, out)
+		}
+	}
+	kill("-STOP")
+	defer kill("-CONT")
 	lock := lockOf(first)
 	port := lock[strings.LastIndexByte(lock, ':')+1:]
 	second := startProgram(t, withLock(lock))
@@ -180,7 +185,7 @@ func TestHolderLineThatMakesNoSense(t *testing.T) {
 		"no pid":              func(h *lockInfo) { h.PID = 0 },
 		"everybody's pid":     func(h *lockInfo) { h.PID = -1 },
 		"the pid of init":     func(h *lockInfo) { h.PID = 1 },
-		"no such pid":         func(h *lockInfo) { h.PID = 1 << 40 },
+		"no such pid":         func(h *lockInfo) { h.PID = maxPID; h.PID++ },
 		"a start to come":     func(h *lockInfo) { h.Started = time.Now().Add(time.Hour) },
 		"no start":            func(h *lockInfo) { h.Started = time.Time{} },
 		"a negative uptime":   func(h *lockInfo) { h.Uptime, h.Started = -5, time.Now().Add(time.Hour) },
