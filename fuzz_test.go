@@ -240,6 +240,7 @@ func FuzzInstanceAndURL(f *testing.F) {
 	for _, s := range []string{
 		newIdentity(time.Now()).String(), "0123456789abcdef, 2026-01-02T03:04:05Z", "0123456789ABCDEF, 2026-01-02T03:04:05.678+23:59",
 		"0123456789abcdef, 9999-12-31T23:59:59-01:00", "0123456789abcd, 2026-01-02T03:04:05Z", "0123456789abcdef01, 2026-01-02T03:04:05Z", "0123456789abcdef,2026-01-02T03:04:05Z", "0123456789abcdeg, x",
+		"259200.000, users, yields", "0.0004,x", "1e9", "0x1p4, users",
 		"wss://relay.example.com", "ws://127.0.0.1:8080/", "ws://[::1]:8080", "ws://[fe80::1%25eth0]:1", "ws://[fe80::1%25e\x80th0]", "wss://h?", "wss://h#", "wss://h/?#", "wss://h/p", "wss://u@h", "wss://h:",
 		"wss://h:0", "wss://h:65536", "wss://:1", "wss:h", "wss:///", "WSS://H", "https://h", "wss://h\r\nx: y", "wss://%0a", "wss://é.example", "//h", "",
 	} {
@@ -252,6 +253,12 @@ func FuzzInstanceAndURL(f *testing.F) {
 			}
 			if strings.Trim(id.id, "0123456789abcdefABCDEF") != "" || len(id.id) != 16 {
 				t.Errorf("%q: id %q", s, id.id)
+			}
+		}
+		if st, err := parseStanding(s); err == nil {
+			again, err := parseStanding(st.String())
+			if off := again.age - st.age; err != nil || again.users != st.users || again.yields != st.yields || off < -time.Millisecond || off > time.Millisecond {
+				t.Errorf("%q: %s was read back as %s, %v", s, st, again, err)
 			}
 		}
 		if u, err := parseRelayURL(s); err == nil {

@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"encoding/hex"
 	"fmt"
+	"strconv"
 	"strings"
 	"sync"
 	"time"
@@ -13,6 +14,10 @@ import (
 
 // instanceHeader is in every answer of the WebSocket endpoints: who gave it.
 const instanceHeader = "X-Pyrycode-Relay-Instance"
+
+// standingHeader is beside it: what decides which of two relays stays. It is a
+// header of its own, because older relays read the other to its end.
+const standingHeader = "X-Pyrycode-Relay-Standing"
 
 // identity tells one relay process from another. Neither part is a secret.
 type identity struct {
@@ -46,13 +51,53 @@ func parseIdentity(s string) (identity, error) {
 	return identity{id, started}, nil
 }
 
-// olderThan decides which of two instances stays: the one that started first,
-// which the binaries have found first; at equal times the smaller id.
+// olderThan is how older relays decide which of two instances stays, by clocks
+// that may be wrong: the one that started first; at equal times the smaller id.
 func (i identity) olderThan(other identity) bool {
 	if !i.started.Equal(other.started) {
 		return i.started.Before(other.started)
 	}
 	return i.id < other.id
+}
+
+// standing is what decides which of two relays stays.
+type standing struct {
+	age    time.Duration // since the start, by a monotonic clock: nobody sets that
+	users  bool          // it holds claims of users' binaries, graces included
+	yields bool          // it is about to give way to another
+}
+
+// String is the standing as it is in standingHeader: seconds, then words.
+func (s standing) String() string {
+	text := strconv.FormatFloat(s.age.Seconds(), 'f', 3, 64)
+	if s.users {
+		text += ", users"
+	}
+	if s.yields {
+		text += ", yields"
+	}
+	return text
+}
+
+// parseStanding reads a standingHeader. Words that this relay does not know are
+// for later ones.
+func parseStanding(text string) (s standing, err error) {
+	const longest = 100 * 365 * 24 * 60 * 60
+	age, words, _ := strings.Cut(text, ",")
+	seconds, err := strconv.ParseFloat(age, 64)
+	if err != nil || !(seconds >= 0 && seconds <= longest) {
+		return standing{}, fmt.Errorf("%s is not a standing: want seconds, and words behind commas", quote(text))
+	}
+	s.age = time.Duration(seconds * float64(time.Second))
+	for word := range strings.SplitSeq(words, ",") {
+		switch strings.TrimSpace(word) {
+		case "users":
+			s.users = true
+		case "yields":
+			s.yields = true
+		}
+	}
+	return s, nil
 }
 
 // hostVerdict is what the check on this host found.
@@ -90,6 +135,7 @@ type instanceState struct {
 	mu     sync.Mutex // guards what follows
 	host   hostVerdict
 	public publicVerdict
+	yields bool
 }
 
 func newInstanceState() *instanceState { return new(instanceState) }
@@ -108,6 +154,20 @@ func (s *instanceState) setPublic(v publicVerdict) (was publicVerdict) {
 	return was
 }
 
+// setYields says in every answer from now on whether this relay is about to give
+// way to another.
+func (s *instanceState) setYields(yields bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.yields = yields
+}
+
+func (s *instanceState) yielding() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.yields
+}
+
 func (s *instanceState) verdicts() (hostVerdict, publicVerdict) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -123,6 +183,9 @@ func (s *instanceState) publicWord() string {
 // probeHeader carries the nonce by which the relay knows its own check when it
 // comes back through the public URL.
 const probeHeader = "X-Pyrycode-Relay-Probe"
+
+// probePrefix begins the server-ids of checks and probes, which are no users'.
+const probePrefix = "probe-"
 
 // probeKeys are the nonces under way. Each is random, known to this process
 // only, good for one upgrade to one server-id, and forgotten when its round is

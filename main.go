@@ -108,7 +108,7 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 	}
 	defer signal.Stop(signals)
 
-	id, build, state := newIdentity(time.Now()), readBuildVersion(), newInstanceState()
+	id, build, state := newIdentity(time.Now().Add(o.checkPace.skew)), readBuildVersion(), newInstanceState()
 	lock, err := holdInstance(o, log, state, lockInfo{
 		Program: programName, PID: os.Getpid(), Version: build.version, Instance: id.id,
 		Listen: o.listen, Admin: cmp.Or(o.admin, "off"), Started: id.started,
@@ -176,7 +176,7 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 		log.Error("stopped at once by a second signal")
 		return exitFailed, nil
 	}
-	log.Info("stopped", "uptime", time.Since(id.started))
+	log.Info("stopped", "uptime", time.Duration(r.now()))
 	return code, nil
 }
 

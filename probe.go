@@ -54,7 +54,8 @@ type probe struct {
 // instanceCount is how many connections reached an instance.
 type instanceCount struct {
 	identity
-	n int
+	n     int
+	since time.Time // its start by this machine's clock
 }
 
 // runProbe is the probe command.

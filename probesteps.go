@@ -111,9 +111,13 @@ func (p *probe) meet(peer *wsPeer, err error) (who identity, ok bool) {
 	i := slices.IndexFunc(p.met, func(m instanceCount) bool { return m.id == who.id })
 	if i < 0 {
 		i = len(p.met)
-		p.met = append(p.met, instanceCount{who, 0})
+		p.met = append(p.met, instanceCount{identity: who})
 	}
 	p.met[i].n++
+	p.met[i].since = who.started
+	if s, ok := a.standing(); ok {
+		p.met[i].since = a.asked.Add(-s.age) // whatever the clocks of both say
+	}
 	return who, true
 }
 
@@ -212,7 +216,7 @@ func (p *probe) instances() {
 	var each []string
 	for _, m := range p.met {
 		p.report.Instances = append(p.report.Instances, probeInstance{m.id, m.started, m.n})
-		each = append(each, fmt.Sprintf("%d of %d connections reached %s, up %s", m.n, total, m.id, age(time.Since(m.started))))
+		each = append(each, fmt.Sprintf("%d of %d connections reached %s, up %s", m.n, total, m.id, age(time.Since(m.since))))
 	}
 	if p.silent > 0 {
 		each = append(each, fmt.Sprintf("%d of %d something that does not say who it is", p.silent, total))

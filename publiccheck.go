@@ -18,17 +18,21 @@ import (
 const (
 	firstJoins = 8 // phones in the first round
 	laterJoins = 4
-	// splitRounds is how often, and checkPace.over for how long, an older relay
-	// must be seen before this one gives way: a rolling update overlaps for
+	// splitRounds is how often, and checkPace.over for how long, a relay that is to
+	// stay must be seen before this one gives way: a rolling update overlaps for
 	// seconds.
 	splitRounds = 3
+	// splitDoubts is for how many times checkPace.over it counts who holds binaries
+	// of users: one that comes and goes must not keep two relays for ever.
+	splitDoubts = 4
 )
 
 // checkPace is when the public name is checked.
 type checkPace struct {
 	every time.Duration // between rounds, while all is well
 	again time.Duration // between rounds after one that was not
-	over  time.Duration // how long a split lasts before the younger relay ends
+	over  time.Duration // how long a split lasts before one relay gives way
+	skew  time.Duration // how wrong the clock is at the start: for tests alone
 }
 
 func defaultPace() checkPace {
@@ -39,7 +43,8 @@ func defaultPace() checkPace {
 // no option: an operator has no reason to know of it.
 const paceName = "PYRYCODE_RELAY_TEST_PUBLIC_CHECK"
 
-// paceFrom reads the variable paceName: every,again,over as in 2s,500ms,1500ms.
+// paceFrom reads the variable paceName: every,again,over as in 2s,500ms,1500ms, and
+// perhaps skew.
 func paceFrom(env map[string]string) (checkPace, error) {
 	p := defaultPace()
 	v, set := env[paceName]
@@ -47,10 +52,10 @@ func paceFrom(env map[string]string) (checkPace, error) {
 		return p, nil
 	}
 	parts := strings.Split(v, ",")
-	into := []*time.Duration{&p.every, &p.again, &p.over}
+	into := []*time.Duration{&p.every, &p.again, &p.over, &p.skew}
 	for i, s := range parts {
 		d, err := time.ParseDuration(s)
-		if len(parts) != len(into) || err != nil || d <= 0 {
+		if len(parts) != 3 && len(parts) != 4 || err != nil || d <= 0 && i < 3 {
 			return p, fmt.Errorf("invalid value %q for variable %s: want three durations, such as 2s,500ms,1500ms", v, paceName)
 		}
 		*into[i] = d
@@ -61,7 +66,7 @@ func paceFrom(env map[string]string) (checkPace, error) {
 // finding is what one round found.
 type finding struct {
 	verdict publicVerdict // verified, split, not-a-relay or unreachable
-	others  []identity    // of a split: who else answers, without those that do not say who they are
+	others  []rival       // of a split: who else answers, the oldest first, without those that do not say who they are
 	fault   fault         // of the rest
 	joins   int           // phones that tried
 	failed  int           // of them
@@ -71,6 +76,7 @@ type finding struct {
 type publicCheck struct {
 	// Set at the start.
 	me     identity
+	began  time.Time // when it started, by the monotonic clock
 	url    string
 	bypass bool
 	pace   checkPace
@@ -85,25 +91,26 @@ type publicCheck struct {
 	// Owned by run.
 	suspected bool // the last round saw a split, the one before did not
 	changed   time.Time
-	seen      map[string]*sighting // by id: older relays, since the split began
+	seen      map[string]*sighting // by id: other relays, since the split began
 }
 
-// sighting is an older relay that answers to our name.
+// sighting is another relay that answers to our name.
 type sighting struct {
-	rounds int
-	first  time.Time
+	since  time.Time // when it was seen first
+	rounds int       // in a row in which it was the one to stay
+	first  time.Time // when the first of them was judged
 }
 
 // startPublicCheck starts the check, if there is a -public-url.
 func startPublicCheck(o options, r *relay) *publicCheck {
-	c := &publicCheck{me: r.id, bypass: o.bypass, pace: o.checkPace, state: r.instance, log: r.log, leave: make(chan error, 1)}
+	c := &publicCheck{me: r.id, began: r.started, bypass: o.bypass, pace: o.checkPace, state: r.instance, log: r.log, leave: make(chan error, 1)}
 	ctx, cancel := context.WithCancel(context.Background())
 	c.cancel = cancel
 	if o.publicURL == nil {
 		return c
 	}
 	c.url = o.publicURL.String()
-	path := &publicPath{me: r.id, base: o.publicURL, keys: r.probes, pause: min(o.checkPace.again/10, longestPause)}
+	path := &publicPath{me: r.id, standing: r.standing, base: o.publicURL, keys: r.probes, pause: min(o.checkPace.again/10, longestPause)}
 	c.round = path.round
 	c.state.setPublic(publicPending)
 	c.wg.Go(func() { c.run(ctx) })
@@ -145,8 +152,8 @@ func (c *publicCheck) run(ctx context.Context) {
 	}
 }
 
-// judge makes a verdict of a finding. An error names the older relay, for which
-// this one gives way. One round alone is no split: while a relay is replaced
+// judge makes a verdict of a finding. An error names the relay for which this one
+// gives way. One round alone is no split: while a relay is replaced
 // both answer for a moment.
 func (c *publicCheck) judge(f finding, now time.Time) error {
 	_, was := c.state.verdicts()
@@ -164,41 +171,64 @@ func (c *publicCheck) judge(f finding, now time.Time) error {
 	}
 	if f.verdict != publicSplit {
 		c.seen = nil
+		c.state.setYields(false)
 		return nil
 	}
 	return c.sight(f.others, now)
 }
 
-// sight remembers the older of others. The error, if it is time for one, names
-// the oldest that has been seen often and long enough.
-func (c *publicCheck) sight(others []identity, now time.Time) error {
+// sight remembers others, and which of them this relay gives way to. The error, if
+// it is time for one, names the oldest for which it was so often and long enough.
+//
+// Never do two leave for each other. A relay says in its answers that it yields
+// for c.pace.over at least before it leaves, and what it leaves upon is an answer
+// not older than half of that. So of two that are about to, one knows it of the
+// other, and there only the greater id leaves. Nor do both stay: each takes its own
+// age at the least, so in doubt both yield; and what changes meanwhile, which is
+// who holds users' binaries, counts for splitDoubts times c.pace.over only.
+func (c *publicCheck) sight(others []rival, now time.Time) error {
 	if c.seen == nil {
 		c.seen = map[string]*sighting{}
 	}
-	var first *identity
-	for _, other := range others {
-		if !other.olderThan(c.me) {
-			continue // it is the one to give way
-		}
-		s := c.seen[other.id]
+	var stays *rival
+	var why string
+	for i := range others {
+		o := &others[i]
+		s := c.seen[o.id]
 		if s == nil {
-			s = &sighting{first: now}
-			c.seen[other.id] = s
+			s = &sighting{since: now}
+			c.seen[o.id] = s
 		}
-		s.rounds++
-		confirmed := s.rounds >= splitRounds && now.Sub(s.first) >= c.pace.over
-		if confirmed && (first == nil || other.olderThan(*first)) {
-			first = &other
+		gives, reason := o.prevails(c.me, now.Sub(s.since) >= splitDoubts*c.pace.over)
+		if o.theirs.yields {
+			gives, reason = s.rounds > 0 && o.id < c.me.id, "each would give way to the other, and its id is the smaller one"
+		}
+		if !gives {
+			s.rounds = 0
+			continue
+		}
+		if s.rounds++; s.rounds == 1 {
+			s.first = now
+		}
+		confirmed := s.rounds >= splitRounds && o.asked.Sub(s.first) >= c.pace.over && now.Sub(o.asked) <= c.pace.over/2
+		if confirmed && (stays == nil || o.age(now) > stays.age(now)) {
+			stays, why = o, reason
 		}
 	}
-	if first == nil || c.bypass {
+	yields := false
+	for _, s := range c.seen {
+		yields = yields || s.rounds > 0 && !c.bypass
+	}
+	c.state.setYields(yields)
+	if stays == nil || c.bypass {
 		return nil
 	}
-	return fmt.Errorf("refusing to go on: multi-instance deploy detected: relay %s, started %s (%s ago), answers to %s as well, seen %d times within %v; "+
+	s := c.seen[stays.id]
+	return fmt.Errorf("refusing to go on: multi-instance deploy detected: relay %s, up %s (since %s by its clock), answers to %s as well, seen %d times within %v; "+
 		"each has a registry of its own, and a phone that lands on the wrong one gets a silent 4404 although its binary is online: "+
-		"this one (%s, started %s) is younger and stops, so that one goes on; run exactly one behind that name, or, for an emergency or a migration only, set %s=1",
-		first.id, first.started.Format(time.RFC3339), age(now.Sub(first.started)), c.url, c.seen[first.id].rounds, now.Sub(c.seen[first.id].first).Round(time.Second),
-		c.me.id, c.me.started.Format(time.RFC3339), bypassName)
+		"this one (%s, up %s) stops, so that one goes on: %s; run exactly one behind that name, or, for an emergency or a migration only, set %s=1",
+		stays.id, age(stays.age(now)), stays.started.Format(time.RFC3339), c.url, s.rounds, now.Sub(s.first).Round(time.Second),
+		c.me.id, age(now.Sub(c.began)), why, bypassName)
 }
 
 // report logs a verdict that is new.
@@ -207,18 +237,18 @@ func (c *publicCheck) report(f finding, now time.Time) {
 	case publicVerified:
 		c.log.Info("public name verified: it leads to this relay and to no other", "url", c.url, "phones", f.joins)
 	case publicSplit:
-		next := "the younger of the two stops if it has -public-url, too"
+		next := "the other one stops if it has -public-url, too"
 		for _, other := range f.others {
-			if other.olderThan(c.me) {
-				next = fmt.Sprintf("this relay, the younger, stops if that lasts for %v", c.pace.over)
+			if stays, why := other.prevails(c.me, false); stays {
+				next = fmt.Sprintf("this relay stops if that lasts for %v: %s", c.pace.over, why)
 			}
 		}
 		if c.bypass {
 			next = bypassName + "=1: this relay goes on"
 		}
-		args := []any{"url", c.url, "other", names(f.others), "instance", c.me.id, "age", now.Sub(c.me.started), "next", next}
+		args := []any{"url", c.url, "other", names(f.others), "instance", c.me.id, "age", now.Sub(c.began), "next", next}
 		if len(f.others) > 0 {
-			args = append(args, "other_age", now.Sub(f.others[0].started))
+			args = append(args, "other_age", f.others[0].age(now))
 		}
 		c.log.Error("multi-instance deploy detected: another relay answers to the public name, and a phone that lands on the wrong one gets 4404 although its binary is online: run exactly one",
 			args...)
@@ -235,7 +265,7 @@ func (c *publicCheck) report(f finding, now time.Time) {
 }
 
 // names lists instances for the log.
-func names(others []identity) string {
+func names(others []rival) string {
 	if len(others) == 0 {
 		return "a relay that does not say who it is, of an older version"
 	}

@@ -4,7 +4,11 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
+	"slices"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -23,15 +27,27 @@ type checkRun struct {
 
 var (
 	theStart = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
-	older    = identity{"aaaaaaaaaaaaaaaa", theStart.Add(-time.Hour)}
-	oldest   = identity{"dddddddddddddddd", theStart.Add(-2 * time.Hour)}
 	myself   = identity{"bbbbbbbbbbbbbbbb", theStart}
-	younger  = identity{"cccccccccccccccc", theStart.Add(time.Hour)}
+	// Clocks are wrong by days: nothing may depend on them.
+	older   = anotherRelay("aaaaaaaaaaaaaaaa", 72*time.Hour, time.Hour)
+	oldest  = anotherRelay("dddddddddddddddd", 48*time.Hour, 2*time.Hour)
+	younger = anotherRelay("cccccccccccccccc", -72*time.Hour, -time.Hour)
 )
+
+// anotherRelay has started so much later than myself by its clock, and has run so
+// much longer.
+func anotherRelay(id string, later, ahead time.Duration) rival {
+	return rival{identity: identity{id, theStart.Add(later)}, told: true, theirs: standing{age: ahead}}
+}
+
+func withUsers(o rival) rival    { o.theirs.users = true; return o }
+func besideUsers(o rival) rival  { o.mine.users = true; return o }
+func yielding(o rival) rival     { o.theirs.yields = true; return o }
+func ofOldVersion(o rival) rival { o.told, o.theirs = false, standing{}; return o }
 
 // the rounds of a script
 func allMine() finding { return finding{verdict: publicVerified, joins: 4} }
-func splitWith(others ...identity) finding {
+func splitWith(others ...rival) finding {
 	return finding{verdict: publicSplit, others: others, joins: 4}
 }
 func astray() finding {
@@ -48,7 +64,7 @@ func runCheck(t *testing.T, rounds int, bypass bool, script ...finding) (got che
 	synctest.Test(t, func(t *testing.T) {
 		var logs logBuffer
 		c := &publicCheck{
-			me: myself, url: "wss://relay.test", bypass: bypass, pace: defaultPace(), state: newInstanceState(),
+			me: myself, began: time.Now(), url: "wss://relay.test", bypass: bypass, pace: defaultPace(), state: newInstanceState(),
 			log: slog.New(slog.NewTextHandler(&logs, nil)), leave: make(chan error, 1),
 		}
 		c.state.setPublic(publicPending)
@@ -69,7 +85,14 @@ func runCheck(t *testing.T, rounds int, bypass bool, script ...finding) (got che
 			}
 			got.at = append(got.at, time.Since(began))
 			got.joins = append(got.joins, joins)
-			return script[min(n, len(script)-1)]
+			f := script[min(n, len(script)-1)]
+			f.others = slices.Clone(f.others)
+			for i := range f.others {
+				o := &f.others[i]
+				o.asked, o.mine.age = time.Now(), 100*time.Hour+time.Since(began)
+				o.theirs.age += o.mine.age
+			}
+			return f
 		}
 		c.run(ctx)
 		select {
@@ -132,7 +155,7 @@ func TestPublicCheckVerdicts(t *testing.T) {
 		script []finding
 		want   string // verdicts
 		levels string // of the log, in order
-		left   *identity
+		left   *rival
 	}{
 		{name: "verified is said once", rounds: 4, script: []finding{allMine()},
 			want: "verified verified verified verified", levels: "INFO"},
@@ -150,10 +173,32 @@ func TestPublicCheckVerdicts(t *testing.T) {
 			left: &oldest, levels: "INFO ERROR"},
 		{name: "bypass goes on", rounds: 100, bypass: true, script: []finding{splitWith(older)},
 			want: "pending" + strings.Repeat(" split", 99), levels: "INFO ERROR"},
-		{name: "equal times, smaller id stays", rounds: 50, script: []finding{splitWith(identity{"cc00000000000000", myself.started})},
+		{name: "equal times, smaller id stays", rounds: 50, script: []finding{splitWith(anotherRelay("cc00000000000000", 72*time.Hour, 900*time.Millisecond))},
 			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
-		{name: "equal times, greater id leaves", rounds: 50, script: []finding{splitWith(identity{"aa00000000000000", myself.started})},
-			left: &identity{"aa00000000000000", myself.started}, levels: "INFO ERROR"},
+		{name: "equal times, greater id leaves", rounds: 50, script: []finding{splitWith(anotherRelay("aa00000000000000", 72*time.Hour, -900*time.Millisecond))},
+			left: &rival{identity: identity{"aa00000000000000", myself.started.Add(72 * time.Hour)}}, levels: "INFO ERROR"},
+		{name: "a newcomer with a clock in the past", rounds: 50, script: []finding{splitWith(anotherRelay("aa00000000000000", -72*time.Hour, -time.Minute))},
+			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
+		{name: "an elder with a clock in the future", rounds: 50, script: []finding{splitWith(anotherRelay("cc00000000000000", 72*time.Hour, time.Minute))},
+			left: &rival{identity: identity{"cc00000000000000", myself.started.Add(72 * time.Hour)}}, levels: "INFO ERROR"},
+		{name: "users beat age", rounds: 50, script: []finding{splitWith(withUsers(younger))},
+			left: &younger, levels: "INFO ERROR"},
+		{name: "users here beat age", rounds: 12, script: []finding{splitWith(besideUsers(older))},
+			want: "pending" + strings.Repeat(" split", 11), levels: "INFO ERROR"},
+		{name: "users do not keep two for ever", rounds: 50, script: []finding{splitWith(besideUsers(older))},
+			left: &older, levels: "INFO ERROR"},
+		{name: "users on both sides", rounds: 50, script: []finding{splitWith(withUsers(besideUsers(older)))},
+			left: &older, levels: "INFO ERROR"},
+		{name: "one that yields is not followed", rounds: 50, script: []finding{splitWith(yielding(older))},
+			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
+		{name: "both yield, greater id leaves", rounds: 50, script: []finding{splitWith(older), splitWith(yielding(older))},
+			left: &older, levels: "INFO ERROR"},
+		{name: "both yield, smaller id stays", rounds: 50, script: []finding{splitWith(oldest), splitWith(yielding(oldest))},
+			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
+		{name: "older version, earlier by its clock", rounds: 50, script: []finding{splitWith(ofOldVersion(younger))},
+			left: &younger, levels: "INFO ERROR"},
+		{name: "older version, later by its clock", rounds: 50, script: []finding{splitWith(ofOldVersion(older))},
+			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
 		{name: "a split that heals starts anew", rounds: 6, script: []finding{splitWith(older), splitWith(older), splitWith(older), allMine(), splitWith(older), allMine()},
 			want: "pending split split verified verified verified", levels: "INFO ERROR INFO INFO"},
 		{name: "an older one that is gone", rounds: 50, script: []finding{splitWith(older), splitWith(older), splitWith(younger)},
@@ -197,7 +242,11 @@ func TestPublicCheckVerdicts(t *testing.T) {
 				if last-first < 90*time.Second || len(r.at) < 3 {
 					t.Errorf("left after %d rounds in %v, want three or more in 90s or more", len(r.at), last-first)
 				}
-				if last-first > 150*time.Second {
+				patience := 150 * time.Second
+				if tt.name == "users do not keep two for ever" {
+					patience += splitDoubts * 90 * time.Second
+				}
+				if last-first > patience {
 					t.Errorf("left only after %v", last-first)
 				}
 			}
@@ -218,15 +267,186 @@ func TestPublicCheckForgets(t *testing.T) {
 	}
 }
 
+// relayPair is two relays that check one name, by the clock of synctest.
+type relayPair struct {
+	ids    [2]string
+	ahead  time.Duration // how much longer the first has run
+	users  func(at time.Duration) [2]bool
+	wire   time.Duration  // an answer takes up to that, half of it each way
+	linger time.Duration  // and a round goes on for up to that after the answer
+	view   func(o *rival) // changes what each sees, if not nil
+}
+
+// play lets both check until a while after one has left, or for so long, and
+// returns which have left, and when the first did.
+func (p relayPair) play(t *testing.T, random *rand.Rand, most time.Duration) (left [2]bool, first time.Duration) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	began := time.Now()
+	var checks [2]*publicCheck
+	var gone [2]atomic.Bool
+	standingOf := func(i int) standing {
+		at := time.Since(began)
+		s := standing{age: 100*time.Hour + at, users: p.users(at)[i], yields: checks[i].state.yielding()}
+		if i == 0 {
+			s.age += p.ahead
+		}
+		return s
+	}
+	// Each clock is wrong by days, the elder's in the direction that makes it look
+	// younger.
+	skew := [2]time.Duration{72 * time.Hour, -72 * time.Hour}
+	if p.ahead < 0 {
+		skew[0], skew[1] = skew[1], skew[0]
+	}
+	who := func(i int) identity { return identity{p.ids[i], theStart.Add(skew[i])} }
+	var mu sync.Mutex // of random
+	upTo := func(d time.Duration) time.Duration {
+		mu.Lock()
+		defer mu.Unlock()
+		return time.Duration(random.Int64N(int64(d) + 1))
+	}
+	var wg sync.WaitGroup
+	for i := range checks {
+		checks[i] = &publicCheck{
+			me: who(i), began: began, url: "wss://relay.test", pace: defaultPace(), state: newInstanceState(),
+			log: slog.New(slog.DiscardHandler), leave: make(chan error, 1),
+		}
+		checks[i].round = func(ctx context.Context, _ int) finding {
+			o := rival{identity: who(1 - i), asked: time.Now(), told: true, mine: standingOf(i)}
+			time.Sleep(upTo(p.wire / 2))
+			if gone[1-i].Load() {
+				return allMine()
+			}
+			o.theirs = standingOf(1 - i)
+			if p.view != nil {
+				p.view(&o)
+			}
+			time.Sleep(upTo(p.wire/2) + upTo(p.linger))
+			return splitWith(o)
+		}
+	}
+	for i, c := range checks {
+		wg.Go(func() {
+			time.Sleep(upTo(time.Minute)) // they start their rounds at any time
+			c.run(ctx)
+			if ctx.Err() == nil {
+				gone[i].Store(true)
+			}
+		})
+	}
+	for time.Since(began) < most {
+		time.Sleep(10 * time.Second)
+		if gone[0].Load() || gone[1].Load() {
+			first = time.Since(began)
+			break
+		}
+	}
+	time.Sleep(20 * time.Minute) // long enough for the other to leave as well
+	cancel()
+	wg.Wait()
+	return [2]bool{gone[0].Load(), gone[1].Load()}, first
+}
+
+// TestPublicCheckOneOfTwoStays: from views of different moments, with clocks that
+// are wrong by days, ages at the edge of being the same, users who come and go, and
+// answers that are slow, never both relays leave, and never do both stay.
+func TestPublicCheckOneOfTwoStays(t *testing.T) {
+	t.Parallel()
+	over := defaultPace().over
+	always := func(first, second bool) func(time.Duration) [2]bool {
+		return func(time.Duration) [2]bool { return [2]bool{first, second} }
+	}
+	// One user whose binary dials again and again, and lands here or there.
+	wandering := func(every time.Duration) func(time.Duration) [2]bool {
+		return func(at time.Duration) [2]bool { here := at/every%2 == 0; return [2]bool{here, !here} }
+	}
+	for _, users := range []struct {
+		name   string
+		at     func(time.Duration) [2]bool
+		stays  int // of the two, where users decide; -1 where age does
+		settle bool
+		view   func(o *rival)
+	}{
+		{"no users", always(false, false), -1, true, nil},
+		{"users of both", always(true, true), -1, true, nil},
+		{"users of the first", always(true, false), 0, true, nil},
+		{"users of the second", always(false, true), 1, true, nil},
+		{"wandering each second", wandering(time.Second), -1, false, nil},
+		{"wandering as rounds go", wandering(30 * time.Second), -1, false, nil},
+		{"wandering in 100s", wandering(100 * time.Second), -1, false, nil},
+		{"users for a while", func(at time.Duration) [2]bool { return [2]bool{at < 70*time.Second, at > 150*time.Second} }, -1, false, nil},
+		// The worst moments to be asked at, each time.
+		{"users wherever one looks from", always(false, false), -1, false, func(o *rival) { o.mine.users, o.theirs.users = true, false }},
+		{"users wherever one looks at", always(false, false), -1, false, func(o *rival) { o.mine.users, o.theirs.users = false, true }},
+	} {
+		t.Run(users.name, func(t *testing.T) {
+			t.Parallel()
+			for _, ahead := range []time.Duration{
+				-100 * time.Hour, -time.Minute, -1002 * time.Millisecond, -time.Second, -998 * time.Millisecond, 0,
+				998 * time.Millisecond, time.Second, 1002 * time.Millisecond, time.Minute, 100 * time.Hour,
+			} {
+				for _, slow := range [][2]time.Duration{{0, 0}, {10 * time.Millisecond, time.Second}, {4 * time.Second, 20 * time.Second}, {10 * time.Second, 4 * over}} {
+					seeds := uint64(6)
+					if slow[1] >= over/2 {
+						seeds = 20
+					}
+					for seed := range seeds {
+						ids := [2]string{"aaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbb"}
+						if seed%2 == 1 {
+							ids[0], ids[1] = ids[1], ids[0]
+						}
+						p := relayPair{ids, ahead, users.at, slow[0], slow[1], users.view}
+						var left [2]bool
+						var first time.Duration
+						most := time.Hour
+						if slow[1] < over/2 {
+							most = 9 * over // nearly half of it for doubts
+						}
+						synctest.Test(t, func(t *testing.T) {
+							left, first = p.play(t, rand.New(rand.NewPCG(seed, uint64(ahead))), most)
+						})
+						what := fmt.Sprintf("%v ahead, ids %v, answers take %v, rounds %v more", ahead, ids, slow[0], slow[1])
+						if left[0] && left[1] {
+							t.Fatalf("%s: both leave, the first after %v", what, first)
+						}
+						if slow[1] >= over/2 {
+							continue // stale answers decide nothing: here nobody has to leave
+						}
+						if !left[0] && !left[1] {
+							t.Fatalf("%s: both stay for %v", what, most)
+						}
+						stayer := 0
+						if left[0] {
+							stayer = 1
+						}
+						want := users.stays
+						if want < 0 && users.settle && (ahead > 2*time.Second+slow[0] || ahead < -2*time.Second-slow[0]) {
+							if want = 0; ahead < 0 {
+								want = 1
+							}
+						}
+						if want >= 0 && stayer != want {
+							t.Errorf("%s: relay %d stays, want %d", what, stayer, want)
+						}
+					}
+				}
+			}
+		})
+	}
+}
+
 func TestPublicCheckSaysWhatComesNext(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
-		other  identity
+		other  rival
 		bypass bool
 		want   []string
 	}{
-		{older, false, []string{older.id, "this relay, the younger, stops", "1m30s"}},
-		{younger, false, []string{younger.id, "the younger of the two stops"}},
+		{older, false, []string{older.id, "this relay stops if that lasts for 1m30s: it has run for longer", "other_age=101h"}},
+		{withUsers(younger), false, []string{younger.id, "this relay stops if that lasts for 1m30s: it holds binaries of users"}},
+		{younger, false, []string{younger.id, "the other one stops"}},
 		{older, true, []string{older.id, bypassName + "=1: this relay goes on"}},
 	} {
 		r := runCheck(t, 2, tt.bypass, splitWith(tt.other))
@@ -251,10 +471,12 @@ func TestPaceFrom(t *testing.T) {
 		bad   bool
 	}{
 		{"", false, defaultPace(), false},
-		{"2s,500ms,1500ms", true, checkPace{2 * time.Second, 500 * time.Millisecond, 1500 * time.Millisecond}, false},
+		{"2s,500ms,1500ms", true, checkPace{2 * time.Second, 500 * time.Millisecond, 1500 * time.Millisecond, 0}, false},
+		{"2s,500ms,1500ms,-72h", true, checkPace{2 * time.Second, 500 * time.Millisecond, 1500 * time.Millisecond, -72 * time.Hour}, false},
 		{"", true, checkPace{}, true},
 		{"2s", true, checkPace{}, true},
-		{"2s,1s,1s,1s", true, checkPace{}, true},
+		{"2s,1s,1s,1s,1s", true, checkPace{}, true},
+		{"2s,1s,-1s", true, checkPace{}, true},
 		{"2s,0s,1s", true, checkPace{}, true},
 		{"2s,x,1s", true, checkPace{}, true},
 	} {

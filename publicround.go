@@ -35,10 +35,11 @@ const (
 
 // publicPath is the way through the public name.
 type publicPath struct {
-	me    identity
-	base  *url.URL
-	keys  *probeKeys
-	pause time.Duration // at most, between two connections
+	me       identity
+	standing func() standing // of this relay
+	base     *url.URL
+	keys     *probeKeys
+	pause    time.Duration // at most, between two connections
 
 	dialer dialer
 }
@@ -46,8 +47,45 @@ type publicPath struct {
 // reach is whom one connection reached.
 type reach struct {
 	kind reachKind
-	who  identity // of reachOther; zero if it does not say
-	err  error    // of reachStranger and reachNobody
+	who  rival // of reachOther; zero if it does not say
+	err  error // of reachStranger and reachNobody
+}
+
+// rival is another relay as one of its answers shows it, beside this one at that
+// moment.
+type rival struct {
+	identity
+	asked  time.Time // the answer is from then or a little later
+	told   bool      // it tells its standing, which older relays do not
+	theirs standing
+	mine   standing // when it was asked, so that its age is the least it can be
+}
+
+// sameAge is the difference between ages that two relays do not argue about.
+const sameAge = time.Second
+
+// prevails reports whether the other relay is the one to stay, and why. Both come
+// to the same result, whatever their clocks say of the date: who holds binaries of
+// users, unless the ages alone are to count, then who has run for longer, then the
+// smaller id.
+func (o *rival) prevails(me identity, agesAlone bool) (stays bool, why string) {
+	switch ahead := o.mine.age - o.theirs.age; {
+	case !o.told:
+		return o.olderThan(me), "it is of an older version, and started first by its clock"
+	case o.theirs.users != o.mine.users && !agesAlone:
+		return o.theirs.users, "it holds binaries of users, and this one holds none"
+	case ahead > sameAge || ahead < -sameAge:
+		return ahead < 0, "it has run for longer"
+	}
+	return o.id < me.id, "both have run for the same time, and its id is the smaller one"
+}
+
+// age is how long the other has run.
+func (o *rival) age(now time.Time) time.Duration {
+	if o.told {
+		return o.theirs.age + now.Sub(o.asked)
+	}
+	return now.Sub(o.started)
 }
 
 type reachKind uint8
@@ -65,7 +103,7 @@ type tally struct {
 	joins     int
 	failed    int
 	split     bool
-	others    []identity
+	others    []rival // the latest answer of each
 	stranger  error
 	unreached error
 }
@@ -74,7 +112,8 @@ func (t *tally) add(r reach) {
 	switch r.kind {
 	case reachOther:
 		t.split = true
-		if r.who != (identity{}) && !slices.Contains(t.others, r.who) {
+		if r.who.id != "" {
+			t.others = slices.DeleteFunc(t.others, func(o rival) bool { return o.id == r.who.id })
 			t.others = append(t.others, r.who)
 		}
 	case reachStranger:
@@ -89,12 +128,8 @@ func (t *tally) finding() finding {
 	f := finding{verdict: publicVerified, joins: t.joins, failed: t.failed}
 	switch {
 	case t.split:
-		slices.SortFunc(t.others, func(a, b identity) int {
-			if a.olderThan(b) {
-				return -1
-			}
-			return 1
-		})
+		now := time.Now()
+		slices.SortFunc(t.others, func(a, b rival) int { return cmp.Compare(b.age(now), a.age(now)) })
 		f.verdict, f.others = publicSplit, t.others
 	case t.stranger != nil:
 		f.verdict, f.fault = publicNotARelay, explain(t.base, t.stranger)
@@ -177,7 +212,7 @@ func (p *publicPath) tryID(ctx context.Context, joins, follow int, t *tally) rea
 			switch r := p.join(ctx, id, nil); {
 			case r.kind == reachMe:
 				t.split = true // the claim is over there, and this phone is here
-			case r.kind == reachOther && r.who != at.who:
+			case r.kind == reachOther && r.who.id != at.who.id:
 				t.add(r)
 			}
 		}
@@ -199,18 +234,26 @@ func (p *publicPath) open(ctx context.Context, l leg, id string) (*wsPeer, reach
 	who, ok := a.identity()
 	switch {
 	case ok && who.id == p.me.id && err != nil && (a.code == http.StatusBadRequest || a.code == http.StatusUpgradeRequired):
-		return nil, reach{reachNobody, identity{}, err} // peers get no further: something on the way takes headers away
+		return nil, reach{kind: reachNobody, err: err} // peers get no further: something on the way takes headers away
 	case ok && who.id == p.me.id, !ok && a != nil && !p.keys.unused(nonce): // a proxy may take the header away
 		return peer, reach{kind: reachMe}
 	case ok:
-		return peer, reach{kind: reachOther, who: who}
+		return peer, reach{kind: reachOther, who: p.beside(who, a)}
 	case a != nil:
 		if err == nil {
 			err = fmt.Errorf("%s comes without %s: a relay of an older version, or a proxy that takes that header away", quote(a.status), instanceHeader)
 		}
-		return peer, reach{reachStranger, identity{}, err}
+		return peer, reach{kind: reachStranger, err: err}
 	}
-	return nil, reach{reachNobody, identity{}, err}
+	return nil, reach{kind: reachNobody, err: err}
+}
+
+// beside holds what another relay says of itself against this one at that moment.
+func (p *publicPath) beside(who identity, a *answer) rival {
+	o := rival{identity: who, asked: a.asked, mine: p.standing()}
+	o.mine.age -= time.Since(a.asked)
+	o.theirs, o.told = a.standing()
+	return o
 }
 
 // join is one phone. With a claim that is held here, it must get a frame there
@@ -234,7 +277,7 @@ func (p *publicPath) join(ctx context.Context, id string, claim *wsPeer) reach {
 	case r.kind == reachStranger:
 		return r
 	}
-	return reach{reachNobody, identity{}, err}
+	return reach{kind: reachNobody, err: err}
 }
 
 // rest is a pause of random length, so that of two relays that check at the same

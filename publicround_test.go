@@ -20,7 +20,7 @@ import (
 // lookFrom makes one round as r does, through addr.
 func lookFrom(t *testing.T, r *testRelay, addr string, joins int) finding {
 	t.Helper()
-	p := &publicPath{me: r.id, base: &url.URL{Scheme: "ws", Host: addr}, keys: r.probes}
+	p := &publicPath{me: r.id, standing: r.standing, base: &url.URL{Scheme: "ws", Host: addr}, keys: r.probes}
 	f := p.round(t.Context(), joins)
 	r.probes.mu.Lock()
 	defer r.probes.mu.Unlock()
@@ -145,10 +145,16 @@ func TestPublicRound(t *testing.T) {
 			if f.verdict != tt.want {
 				t.Errorf("verdict %v (%+v), want %v", f.verdict, f, tt.want)
 			}
-			if got, want := fmt.Sprint(f.others), fmt.Sprint([]identity{p.other.id}); tt.other && got != want {
-				t.Errorf("others are %v, want %v", got, want)
-			} else if !tt.other && len(f.others) > 0 {
-				t.Errorf("others are %v, want none named", got)
+			switch {
+			case !tt.other && len(f.others) > 0:
+				t.Errorf("others are %v, want none named", f.others)
+			case tt.other && (len(f.others) != 1 || f.others[0].identity != p.other.id):
+				t.Errorf("others are %v, want %v", f.others, p.other.id)
+			case tt.other:
+				o := f.others[0]
+				if older := o.theirs.age - o.mine.age; !o.told || o.theirs.age <= 0 || older < -time.Second || older > time.Second || o.theirs.users || o.mine.users {
+					t.Errorf("the other is seen as %+v", o)
+				}
 			}
 			if !strings.Contains(f.fault.what, tt.what) || (tt.what == "") != (f.fault.what == "") {
 				t.Errorf("found %q, want %q in it", f.fault.what, tt.what)
@@ -161,6 +167,60 @@ func TestPublicRound(t *testing.T) {
 			}
 			p.me.settle("the round's end", func() bool { return p.me.count(legBinary)+p.me.count(legPhone) == 0 })
 		})
+	}
+}
+
+// TestStanding: what a relay says of its own is read as it was meant, by older
+// relays as before, and by later ones with more words.
+func TestStanding(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	heard := func() (identity, standing) {
+		t.Helper()
+		_, resp, err := r.dial("/v2/client", phoneHeaders("nobody"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := &answer{header: resp.Header}
+		id, known := a.identity() // as older relays read it
+		s, told := a.standing()
+		if !known || !told {
+			t.Fatalf("%v", resp.Header)
+		}
+		return id, s
+	}
+	id, s := heard()
+	if id != r.id || s.age < 0 || s.age > time.Since(r.started) || s.users || s.yields {
+		t.Errorf("%v, %+v", id, s)
+	}
+	eventually(t, "the age grows", func() bool { _, now := heard(); return now.age > s.age })
+	r.binary(probePrefix + "of-another-relay")
+	if _, s := heard(); s.users {
+		t.Error("a probe counts as a user")
+	}
+	b := r.binary("somebody")
+	r.instance.setYields(true)
+	if _, s := heard(); !s.users || !s.yields {
+		t.Errorf("with a user, about to leave: %+v", s)
+	}
+	b.close(1000, "")
+	r.settle("grace", func() bool { return r.metrics.binariesInGrace.Load() == 1 })
+	if _, s := heard(); !s.users {
+		t.Error("a user's claim in grace does not count")
+	}
+	for text, want := range map[string]standing{
+		"0.5":                      {age: 500 * time.Millisecond},
+		"259200.000, users":        {age: 72 * time.Hour, users: true},
+		"1, later, yields,users,x": {age: time.Second, users: true, yields: true},
+	} {
+		if got, err := parseStanding(text); err != nil || got != want {
+			t.Errorf("%q: %+v, %v", text, got, err)
+		}
+	}
+	for _, text := range []string{"", "users", "-1", "NaN", "Inf", "1e300", "1s", ", users"} {
+		if got, err := parseStanding(text); err == nil {
+			t.Errorf("%q is read as %+v", text, got)
+		}
 	}
 }
 
@@ -363,13 +423,14 @@ func TestYoungerRelayLeaves(t *testing.T) {
 			})
 			o := first.o
 			o.publicURL = &url.URL{Scheme: "ws", Host: b.addr}
-			o.checkPace = checkPace{every: 40 * time.Millisecond, again: 20 * time.Millisecond, over: 60 * time.Millisecond}
+			o.checkPace = checkPace{every: 40 * time.Millisecond, again: 20 * time.Millisecond, over: 600 * time.Millisecond}
 			c := startPublicCheck(o, first.relay)
 			defer c.stop()
 
-			// Of two that start in the same millisecond the smaller id stays.
-			eventually(t, "a later millisecond", func() bool { return newIdentity(time.Now()).started.After(first.id.started) })
-			env := map[string]string{paceName: "40ms,20ms,60ms"}
+			// The program says that it has run for days, which is a matter of its clock;
+			// only the first has users.
+			env := map[string]string{paceName: "40ms,20ms,600ms,-72h"}
+			first.binary("somebody")
 			if bypass {
 				env[bypassName] = "1"
 			}

@@ -23,6 +23,7 @@ type registry struct {
 	entries sync.Map // server-id → *entry
 	graces  graces
 	past    history
+	checks  atomic.Int64 // claims by the checks of other relays and by probes, among those in the gauges
 }
 
 // entry is a server-id that is held, or was until a moment ago.
@@ -367,10 +368,15 @@ func (ph *phoneLeg) letGo() {
 	}
 }
 
-// count moves a gauge, unless e is the relay's own probe.
+// count moves a gauge, unless e is the relay's own probe. Claims of others' are
+// told apart by their names, which are no secret: they get nothing by it.
 func (g *registry) count(e *entry, gauge *atomic.Int64, by int64) {
-	if !e.probe {
-		gauge.Add(by)
+	if e.probe {
+		return
+	}
+	gauge.Add(by)
+	if gauge != &g.relay.metrics.connectedPhones && strings.HasPrefix(e.id, probePrefix) {
+		g.checks.Add(by)
 	}
 }
 

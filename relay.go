@@ -54,8 +54,7 @@ type relay struct {
 	fallback *goPoller
 	seed     maphash.Seed
 	started  time.Time
-	tick     int64       // nanoseconds between two looks at a connection's timeouts
-	greeting http.Header // of every 101
+	tick     int64 // nanoseconds between two looks at a connection's timeouts
 	refusals logGate
 	ignored  untrusted
 	drops    logGate
@@ -78,10 +77,7 @@ func newRelay(o options, id identity, build buildVersion, instance *instanceStat
 		seed:    maphash.MakeSeed(),
 		started: time.Now(),
 		tick:    int64(min(mostLate, o.ping/2, o.messageTimeout/2, o.writeTimeout/2, o.closeTimeout/2, o.challengeTimeout/2)),
-		greeting: http.Header{
-			instanceHeader: {id.String()},
-		},
-		left: make(chan struct{}, 1),
+		left:    make(chan struct{}, 1),
 	}
 	r.memory.budget = r.limits.budget
 	r.registry.relay = r
@@ -106,6 +102,18 @@ func newRelay(o options, id identity, build buildVersion, instance *instanceStat
 
 // now is the relay clock: nanoseconds since the start, never 0.
 func (r *relay) now() int64 { return int64(time.Since(r.started)) + 1 }
+
+// standing is this relay's, at this moment.
+func (r *relay) standing() standing {
+	m := r.metrics
+	users := m.connectedBinaries.Load()+m.binariesInGrace.Load() > r.registry.checks.Load()
+	return standing{time.Duration(r.now()), users, r.instance.yielding()}
+}
+
+// greeting is in every answer of the WebSocket endpoints.
+func (r *relay) greeting() http.Header {
+	return http.Header{instanceHeader: {r.id.String()}, standingHeader: {r.standing().String()}}
+}
 
 // jitter is a random share of n.
 func (r *relay) jitter(n int64) int64 { return mrand.Int64N(max(n, 1)) }
@@ -184,7 +192,7 @@ func (r *relay) serve(w http.ResponseWriter, q *http.Request, l leg) {
 		r.refuse(w, l, who, refused)
 		return
 	}
-	nc, first, answer, err := upgrade(w, q, r.greeting)
+	nc, first, answer, err := upgrade(w, q, r.greeting())
 	if err != nil {
 		r.countUpgrade(l, who, upgradeFailed)
 		r.log.Debug("upgrade failed", "leg", l, "addr", who.addr, "error", err)
@@ -284,7 +292,7 @@ func (r *relay) refuse(w http.ResponseWriter, l leg, who caller, f *refusal) {
 		w.Header().Set("Sec-WebSocket-Version", "13")
 	}
 	// Whoever asks through the public name learns who refused.
-	maps.Copy(w.Header(), r.greeting)
+	maps.Copy(w.Header(), r.greeting())
 	http.Error(w, f.text, f.status)
 }
 

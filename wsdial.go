@@ -57,7 +57,8 @@ type trip struct {
 
 // answer is the HTTP answer to the request for an upgrade.
 type answer struct {
-	status string // the status line
+	asked  time.Time // when the request went out: the answer is from then or later
+	status string    // the status line
 	code   int
 	header http.Header
 	text   string // the first line of a refusal
@@ -70,6 +71,12 @@ func (a *answer) identity() (identity, bool) {
 	}
 	id, err := parseIdentity(a.header.Get(instanceHeader))
 	return id, err == nil
+}
+
+// standing is what that relay says of its standing, which older ones do not.
+func (a *answer) standing() (standing, bool) {
+	s, err := parseStanding(a.header.Get(standingHeader))
+	return s, err == nil
 }
 
 // dialError says which step failed.

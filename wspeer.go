@@ -101,24 +101,24 @@ func (c *wsPeer) upgrade(base *url.URL, l leg, serverID, nonce string) error {
 	heard := rec.b
 	rec.b = nil
 	if err == nil {
-		c.answer, err = readAnswer(heard)
+		c.answer, err = readAnswer(heard, began)
 		c.nc.SetDeadline(time.Time{})
 		return err
 	}
 	// x/net has stopped reading at the head; the text of a refusal may be to come.
 	c.nc.SetReadDeadline(time.Now().Add(byeTime))
-	if a, readErr := readAnswer(io.MultiReader(heard, c.nc)); readErr == nil {
+	if a, readErr := readAnswer(io.MultiReader(heard, c.nc), began); readErr == nil {
 		c.answer = a
 	}
 	return err
 }
 
-func readAnswer(r io.Reader) (*answer, error) {
+func readAnswer(r io.Reader, asked time.Time) (*answer, error) {
 	resp, err := http.ReadResponse(bufio.NewReader(r), nil)
 	if err != nil {
 		return nil, err
 	}
-	a := &answer{status: resp.Proto + " " + resp.Status, code: resp.StatusCode, header: resp.Header}
+	a := &answer{asked: asked, status: resp.Proto + " " + resp.Status, code: resp.StatusCode, header: resp.Header}
 	if a.code != http.StatusSwitchingProtocols {
 		b, _ := io.ReadAll(io.LimitReader(resp.Body, maxRefusal)) // whatever came
 		a.text, _, _ = strings.Cut(strings.TrimSpace(string(b)), "\n")
@@ -290,4 +290,4 @@ func (c *wsPeer) close() {
 }
 
 // probeID is a server-id that nobody else has.
-func probeID() string { return "probe-" + rand.Text() }
+func probeID() string { return probePrefix + rand.Text() }

@@ -1,6 +1,7 @@
 package e2e
 
 import (
+	"encoding/json"
 	"fmt"
 	"regexp"
 	"strconv"
@@ -22,6 +23,13 @@ func pace(every, again, over string) []string {
 func publicRelay(t testing.TB, env []string, addr, public string) *relayProcess {
 	t.Helper()
 	return startRelayEnv(t, env, "-listen", addr, "-public-url", "ws://"+public, "-log-level", "debug")
+}
+
+// wantAge waits until the relay has run for so many seconds: ages of the same
+// second are the same to relays.
+func (r *relayProcess) wantAge(seconds int) {
+	r.t.Helper()
+	eventually(r.t, "an age of "+strconv.Itoa(seconds)+"s", func() bool { return getHealth(r.t, r.addr).Uptime >= seconds })
 }
 
 // alarm is in the log of a relay that has found another.
@@ -77,6 +85,7 @@ func TestRoundRobin(t *testing.T) {
 			public := b.start(t, false, one, two)
 			env := pace("1s", "1s", "1500ms")
 			older := publicRelay(t, env, one, public)
+			older.wantAge(2)
 			younger := publicRelay(t, env, two, public)
 
 			// A binary on each: one of them will have to move.
@@ -123,6 +132,60 @@ func TestRoundRobin(t *testing.T) {
 					}
 				}
 			}
+		})
+	}
+}
+
+// TestWrongClocks: a relay that was started with a clock wrong by days is as old as
+// it is, and no older. Of two the one that came later leaves, whatever the dates
+// say, and of two of which one has users that one stays.
+func TestWrongClocks(t *testing.T) {
+	t.Parallel()
+	const past, future, right = ",-72h", ",72h", ""
+	for _, test := range []struct {
+		name                   string
+		elder, newcomer        string // how wrong their clocks are
+		newcomerUsers, inverse bool   // the elder leaves
+	}{
+		{"the newcomer's in the past", right, past, false, false},
+		{"the newcomer's in the future", right, future, false, false},
+		{"the elder's in the future", future, right, false, false},
+		{"the elder's in the past", past, right, false, false},
+		{"both, away from the truth", future, past, false, false},
+		{"users of the newcomer, the elder's in the past", past, right, true, true},
+		{"users of the newcomer, its own in the future", right, future, true, true},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			one, two := freeAddr(t), freeAddr(t)
+			public := balancers[0].start(t, false, one, two)
+			stays := publicRelay(t, pace("1s", "1s", "1500ms"+test.elder), one, public)
+			stays.wantAge(2)
+			leaves := publicRelay(t, pace("1s", "1s", "1500ms"+test.newcomer), two, public)
+			if test.newcomerUsers {
+				keepBinary(t, two, "home")
+			}
+			if test.inverse {
+				stays, leaves = leaves, stays
+			}
+			leaves.wantOut()
+			if out := leaves.output(); !strings.Contains(out, "this one ("+leaves.instance) || !strings.Contains(out, "relay "+stays.instance+", up ") {
+				t.Error("the one that leaves does not say for which one")
+			}
+			var uptime float64
+			for line := range strings.Lines(leaves.output()) {
+				var l struct {
+					Msg    string
+					Uptime float64 `json:"uptime_ms"`
+				}
+				if json.Unmarshal([]byte(line), &l) == nil && l.Msg == "stopped" {
+					uptime = l.Uptime
+				}
+			}
+			if uptime <= 0 || uptime > float64(2*patience.Milliseconds()) {
+				t.Errorf("it stopped with an uptime of %v ms", uptime)
+			}
+			stays.wantCheck("verified")
 		})
 	}
 }

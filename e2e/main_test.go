@@ -231,6 +231,7 @@ type health struct {
 	Check    string `json:"instance_check"`
 	Binaries int    `json:"connected_binaries"`
 	Phones   int    `json:"connected_phones"`
+	Uptime   int    `json:"uptime_seconds"`
 }
 
 func getHealth(t testing.TB, addr string) (h health) {
