@@ -65,8 +65,11 @@ func startRelayOn(t testing.TB, o options, ln net.Listener) *testRelay {
 	if err != nil {
 		t.Fatal(err)
 	}
-	r.srv = &http.Server{Handler: r.relay}
-	go r.srv.Serve(ln)
+	if ln, err = newAcceptor(ln); err != nil {
+		t.Fatal(err)
+	}
+	r.srv = newServer(r.relay, r.relay)
+	go r.srv.Serve(guests{ln})
 	r.connect = func() (net.Conn, error) { return net.Dial("tcp", r.addr) }
 	t.Cleanup(r.stop)
 	return r

@@ -1,9 +1,12 @@
 package main
 
 import (
+	"container/list"
+	"io"
 	"net"
 	"net/http"
 	"net/netip"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -24,6 +27,14 @@ const (
 	maxUntrusted = 64
 	// evictLooks is how many of a full table are looked at for one to go.
 	evictLooks = 8
+	// maxHeadLines is the most lines of a request's head: a phone's has about 10, and
+	// proxies add 10. With maxHeadBytes it bounds what a request costs that is
+	// sent in drops: 24 KiB, of them 8 KiB the buffers of net/http.
+	maxHeadLines = 100
+	// maxHeadBytes is what http.Server.MaxHeaderBytes stands for: it adds 4 KiB.
+	maxHeadBytes = 8 << 10
+	// lingerTime is how long a refused peer may take to read why.
+	lingerTime = 500 * time.Millisecond
 	// greetTime is how long a connection may take to make its request.
 	greetTime = 10 * time.Second
 	// linesPerSecond is enough to see who and why.
@@ -276,32 +287,115 @@ func parseHop(s string) (netip.Addr, bool) {
 	return a.Unmap().WithZone(""), err == nil
 }
 
+// guests is the listener of net/http: it bounds what a request may be.
+type guests struct{ net.Listener }
+
+func (l guests) Accept() (net.Conn, error) {
+	nc, err := l.Listener.Accept()
+	if err != nil {
+		return nil, err
+	}
+	return &guest{Conn: nc}, nil
+}
+
+// guest is a connection that net/http serves. It counts the lines of a head,
+// since net/http bounds its bytes only, and a line of four costs a hundred.
+type guest struct {
+	net.Conn
+
+	// Owned by who reads.
+	lines int  // of the head that is being read
+	text  bool // in the line that is being read
+	full  bool // the head goes on behind maxHeadLines
+}
+
+func (g *guest) Read(p []byte) (int, error) {
+	switch {
+	case g.full || g.lines > maxHeadLines:
+		g.refuse()
+		return 0, io.EOF
+	case len(p) == 1 && g.lines == 0 && !g.text:
+		// Behind a request net/http waits for one byte to learn early that the
+		// peer has left. No handler here takes long enough to want to know.
+		return 0, os.ErrDeadlineExceeded
+	}
+	n, err := g.Conn.Read(p)
+	ended := false
+	for i, b := range p[:n] {
+		switch {
+		case b == '\r':
+		case b != '\n':
+			// What follows a head is no head for certain: that is seen to when
+			// net/http wants more of it.
+			if g.lines == maxHeadLines && !g.text && !ended {
+				if g.full = true; i == 0 {
+					g.refuse()
+					return 0, io.EOF
+				}
+				return i, nil
+			}
+			g.text = true
+		case g.text:
+			g.text = false
+			g.lines++
+		case g.lines > 0:
+			g.lines, ended = 0, true
+		}
+	}
+	return n, err
+}
+
+// refuse answers a head of too many lines as net/http would one of too many bytes.
+func (g *guest) refuse() {
+	io.WriteString(g.Conn, "HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: text/plain; charset=utf-8\r\n"+
+		"Cache-Control: no-store\r\nConnection: close\r\n\r\nthe request has too many header lines\n")
+	g.CloseWrite()
+	// Closed with bytes unread, the connection would be reset and the answer lost.
+	g.SetReadDeadline(time.Now().Add(lingerTime))
+	io.CopyN(io.Discard, g.Conn, maxHeadBytes)
+}
+
+// CloseWrite is for net/http, which waits behind it as refuse does.
+func (g *guest) CloseWrite() error {
+	if h, ok := g.Conn.(interface{ CloseWrite() error }); ok {
+		return h.CloseWrite()
+	}
+	return nil
+}
+
 // limitIdle is an http.Server's ConnState hook: it keeps net/http at maxWaiting
-// connections that are no session. Of a few the one goes in which nothing has
-// moved for the longest: strangers who dawdle must not lock everybody else out.
-// It counts them in served.
+// connections that are no session. The one goes that has waited for its request
+// to be complete for the longest, however often it has sent a byte of it:
+// strangers who dawdle must not lock everybody else out. It counts them in served.
 func limitIdle(served *atomic.Int64) func(net.Conn, http.ConnState) {
 	var mu sync.Mutex
-	moves := int64(0)
-	last := map[net.Conn]int64{} // the number of the last move of each
+	var line list.List // of net.Conn, the longest waiting in front
+	place := map[net.Conn]*list.Element{}
+	leave := func(c net.Conn) {
+		if e := place[c]; e != nil {
+			line.Remove(e)
+			delete(place, c)
+			served.Add(-1)
+		}
+	}
 	return func(c net.Conn, s http.ConnState) {
 		mu.Lock()
 		defer mu.Unlock()
-		before := len(last)
-		defer func() { served.Add(int64(len(last) - before)) }()
-		moves++
-		switch _, known := last[c]; {
-		case s == http.StateHijacked || s == http.StateClosed:
-			delete(last, c)
-		case known:
-			last[c] = moves
-		case s == http.StateNew:
-			if len(last) >= maxWaiting {
-				victim, _ := stalest(last, func(at int64) int64 { return at })
-				delete(last, victim)
+		switch s {
+		case http.StateHijacked, http.StateClosed:
+			leave(c)
+		case http.StateIdle: // its request was answered
+			if e := place[c]; e != nil {
+				line.MoveToBack(e)
+			}
+		case http.StateNew:
+			if line.Len() >= maxWaiting {
+				victim := line.Front().Value.(net.Conn)
+				leave(victim)
 				victim.Close()
 			}
-			last[c] = moves
+			place[c] = line.PushBack(c)
+			served.Add(1)
 		}
 	}
 }

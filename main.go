@@ -213,14 +213,16 @@ func warnFileLimit(o options, log *slog.Logger) {
 
 // listen opens a flag's address.
 func listen(flag, addr string) (net.Listener, error) {
-	ln, err := net.Listen("tcp", addr)
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false) // it would put a socket of its own before each connection's
+	ln, err := lc.Listen(context.Background(), "tcp", addr)
 	switch {
 	case errors.Is(err, syscall.EADDRINUSE):
 		return nil, fmt.Errorf("%s %s is in use by another program: stop that, or choose another address", flag, addr)
 	case err != nil:
 		return nil, fmt.Errorf("opening %s %s: %w", flag, addr, err)
 	}
-	return ln, nil
+	return newAcceptor(ln)
 }
 
 // door is a listener and who serves it: the drain shuts the one at its beginning
@@ -232,22 +234,27 @@ type door struct {
 
 // serveHTTP serves h on ln for r, and reports an end that nobody asked for.
 func serveHTTP(ln net.Listener, h http.Handler, r *relay, failed chan<- error) door {
-	s := &http.Server{
+	s := newServer(h, r)
+	go func() {
+		if err := s.Serve(guests{ln}); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+			failed <- fmt.Errorf("serving %s: %w", ln.Addr(), err)
+		}
+	}()
+	return door{ln, s}
+}
+
+// newServer bounds what strangers can make net/http hold; guests are its listener.
+func newServer(h http.Handler, r *relay) *http.Server {
+	return &http.Server{
 		Handler:           h,
 		ReadHeaderTimeout: greetTime,
 		ReadTimeout:       30 * time.Second,
 		WriteTimeout:      30 * time.Second,
 		IdleTimeout:       time.Minute,
-		MaxHeaderBytes:    16 << 10, // a request with many cookies; the relay's own is under 1 KiB
+		MaxHeaderBytes:    maxHeadBytes - 4<<10,
 		ConnState:         limitIdle(&r.requests),
 		ErrorLog:          slog.NewLogLogger(r.log.Handler(), slog.LevelDebug),
 	}
-	go func() {
-		if err := s.Serve(ln); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
-			failed <- fmt.Errorf("serving %s: %w", ln.Addr(), err)
-		}
-	}()
-	return door{ln, s}
 }
 
 // stop drains r: the listeners close first, then everybody is told. Until that is

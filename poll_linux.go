@@ -5,15 +5,20 @@ package main
 import (
 	"fmt"
 	"net"
+	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
+	"time"
 )
 
 // The poller of Linux: an epoll loop reads and writes its connections itself.
 // Against a goroutine for each, an idle connection holds no stack, no netFD and
 // no runtime timer, and a frame crosses from socket to socket without a switch.
+// While no socket has anything the loop waits in Go's own poller, for its whole
+// epoll set: in epoll_wait it would keep a thread and a processor of Go's, which
+// the runtime takes away again and again as long as net/http has work.
 
 const (
 	// readSize is what a loop reads in one go: enough to make the system call
@@ -41,7 +46,9 @@ const (
 type epollLoop struct {
 	relay *relay
 	epfd  int
-	wakeR int // pipe: what others write to wake the loop
+	set   *os.File        // of epfd
+	raw   syscall.RawConn // of set
+	wakeR int             // pipe: what others write to wake the loop
 	wakeW int
 	done  chan struct{}
 
@@ -55,8 +62,13 @@ type epollLoop struct {
 
 	// Owned by the loop.
 	buf   []byte
-	ready []*conn // may have more to read; edge-triggered epoll will not say so again
-	share int     // bufferfuls for each in this round
+	alarm int64 // relay clock of the deadline that set has, 0 for none
+	told  []syscall.EpollEvent
+	n     int                // of told, by the last take
+	err   error              // of the last take
+	take  func(uintptr) bool // takes what epoll has to tell; for raw
+	ready []*conn            // may have more to read; edge-triggered epoll will not say so again
+	share int                // bufferfuls for each in this round
 	batch batch
 }
 
@@ -77,6 +89,11 @@ type epollSocket struct {
 func newPoller(r *relay) (poller, error) {
 	l := &epollLoop{relay: r, done: make(chan struct{}), buf: make([]byte, readSize)}
 	l.batch.relay = r
+	l.told = make([]syscall.EpollEvent, epollEvents)
+	l.take = func(uintptr) bool {
+		l.n, l.err = epollWait(l.epfd, l.told)
+		return l.n != 0
+	}
 	var err error
 	if l.epfd, err = syscall.EpollCreate1(syscall.EPOLL_CLOEXEC); err != nil {
 		return nil, fmt.Errorf("creating an epoll set: %w", err)
@@ -87,8 +104,17 @@ func newPoller(r *relay) (poller, error) {
 		return nil, fmt.Errorf("creating a wake-up pipe: %w", err)
 	}
 	l.wakeR, l.wakeW = p[0], p[1]
+	syscall.SetNonblock(l.epfd, true) // what os.NewFile takes for a file to poll
+	l.set = os.NewFile(uintptr(l.epfd), "epoll set")
+	if l.raw, err = l.set.SyscallConn(); err == nil {
+		err = l.set.SetReadDeadline(time.Time{}) // fails if Go's poller does not take it
+	}
+	if err != nil {
+		l.closeFiles()
+		return nil, fmt.Errorf("nesting an epoll set: %w", err)
+	}
 	ev := syscall.EpollEvent{Events: syscall.EPOLLIN, Fd: int32(l.wakeR)}
-	if err = syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_ADD, l.wakeR, &ev); err != nil {
+	if err = epollAdd(l.epfd, l.wakeR, &ev); err != nil {
 		l.closeFiles()
 		return nil, fmt.Errorf("watching the wake-up pipe: %w", err)
 	}
@@ -97,27 +123,26 @@ func newPoller(r *relay) (poller, error) {
 }
 
 func (l *epollLoop) closeFiles() {
-	syscall.Close(l.epfd)
+	l.set.Close()
 	syscall.Close(l.wakeR)
 	syscall.Close(l.wakeW)
 	l.wakeW = -1
 }
 
-// bind gives c a socket out of nc, which it takes over. The descriptor is
-// duplicated, so that Go's own poller, which would be woken for every packet
-// too, lets go of it.
+// bind gives c a socket out of nc, which it takes over.
 func (l *epollLoop) bind(c *conn, nc net.Conn) error {
 	s := &epollSocket{loop: l, c: c}
+	var err error
 	switch nc := nc.(type) {
+	case *accepted:
+		s.fd, err = nc.take()
 	case *net.TCPConn:
-		fd, err := dupSocket(nc)
-		if err != nil {
-			return fmt.Errorf("taking over a socket: %w", err)
-		}
-		nc.Close()
-		s.fd = fd
+		s.fd, err = takeSocket(nc)
 	default:
 		return l.relay.fallback.bind(c, nc)
+	}
+	if err != nil {
+		return fmt.Errorf("taking over a socket: %w", err)
 	}
 	c.sock = s
 	return nil
@@ -130,7 +155,7 @@ func (l *epollLoop) watch(fd int) error {
 		Events: syscall.EPOLLIN | syscall.EPOLLOUT | syscall.EPOLLRDHUP | edgeTriggered,
 		Fd:     int32(fd),
 	}
-	return syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_ADD, fd, &ev)
+	return epollAdd(l.epfd, fd, &ev)
 }
 
 // attach starts the reading of a bound connection. first is what arrived
@@ -199,24 +224,18 @@ func (l *epollLoop) stop() {
 func (l *epollLoop) run() {
 	defer close(l.done)
 	t := &l.batch
-	events := make([]syscall.EpollEvent, epollEvents)
 	nextTick := int64(0)
 	for {
 		wait, stop := l.patience(nextTick)
 		if stop {
 			return
 		}
-		n, err := syscall.EpollWait(l.epfd, events, wait)
-		if err != nil && err != syscall.EINTR {
-			// Cannot happen with an epoll set of our own.
-			l.relay.log.Error("waiting for sockets failed", "error", err)
-		}
-		n = max(n, 0)
+		n := l.wait(wait, nextTick)
 		l.sleeping.Store(false)
 		l.share = min(max(1, roundReads/max(1, n+len(l.ready))), mostReads)
 		t.now = l.relay.now()
 		for i := range n {
-			l.serve(&events[i])
+			l.serve(&l.told[i])
 		}
 		l.mu.Lock()
 		posted := l.inbox
@@ -234,6 +253,30 @@ func (l *epollLoop) run() {
 			nextTick = t.now + l.relay.tick
 		}
 	}
+}
+
+// wait takes what the epoll set has to tell, into told. Where that is nothing, it waits for
+// as many milliseconds as patience said, which end at nextTick.
+func (l *epollLoop) wait(ms int, nextTick int64) (n int) {
+	l.n, l.err = 0, nil
+	switch {
+	case ms == 0:
+		l.take(0)
+	case ms < 0 && l.alarm != 0:
+		l.alarm = 0
+		l.set.SetReadDeadline(time.Time{})
+	case ms > 0 && l.alarm != nextTick:
+		l.alarm = nextTick
+		l.set.SetReadDeadline(time.Now().Add(time.Duration(ms) * time.Millisecond))
+	}
+	if ms != 0 {
+		l.raw.Read(l.take)
+	}
+	if l.err != nil && l.err != syscall.EINTR {
+		// Cannot happen with an epoll set of our own.
+		l.relay.log.Error("waiting for sockets failed", "error", l.err)
+	}
+	return max(l.n, 0)
 }
 
 // patience is how many milliseconds the loop may sleep.
@@ -368,7 +411,7 @@ func (l *epollLoop) release(c *conn, s *epollSocket) {
 	fd := s.fd
 	s.fd = -1
 	c.mu.Unlock()
-	syscall.Close(fd)
+	closeSocket(fd)
 }
 
 func (s *epollSocket) resume() { s.loop.post(s) }

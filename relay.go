@@ -129,6 +129,12 @@ func (r *relay) loop(serverID string) poller {
 // ---- HTTP ----
 
 func (r *relay) ServeHTTP(w http.ResponseWriter, q *http.Request) {
+	// No answer is for later: a proxy that keeps one would show the identity of a
+	// relay that is gone. And no body is read, not even past the answer.
+	w.Header().Set("Cache-Control", "no-store")
+	if q.ContentLength != 0 {
+		w.Header().Set("Connection", "close")
+	}
 	switch q.URL.Path {
 	case "/v1/server", "/v2/server":
 		r.serve(w, q, legBinary)
@@ -153,7 +159,6 @@ func (r *relay) health(w http.ResponseWriter) {
 		status = "draining"
 	}
 	w.Header().Set("Content-Type", "application/json")
-	w.Header().Set("Cache-Control", "no-store")
 	json.NewEncoder(w).Encode(struct {
 		Status   string `json:"status"`
 		Version  string `json:"version"`
@@ -169,7 +174,6 @@ func (r *relay) health(w http.ResponseWriter) {
 }
 
 func (r *relay) ready(w http.ResponseWriter) {
-	w.Header().Set("Cache-Control", "no-store")
 	if r.isDraining() {
 		http.Error(w, "draining", http.StatusServiceUnavailable)
 		return

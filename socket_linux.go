@@ -3,7 +3,9 @@
 package main
 
 import (
+	"encoding/binary"
 	"net"
+	"net/netip"
 	"syscall"
 	"unsafe"
 )
@@ -13,10 +15,46 @@ import (
 // socket's inode as well: with 8,000 phones, whose inodes are in no cache, a
 // frame cost a fifth more. None of them blocks, so Go's scheduler is not told.
 
-// dupSocket duplicates the descriptor of a socket of Go's, whose own poller
-// would be woken for every event too as long as it has one.
-func dupSocket(s syscall.Conn) (int, error) {
-	raw, err := s.SyscallConn()
+// epollAdd adds a descriptor to an epoll set.
+func epollAdd(epfd, fd int, ev *syscall.EpollEvent) error {
+	if _, _, errno := syscall.RawSyscall6(syscall.SYS_EPOLL_CTL, uintptr(epfd), syscall.EPOLL_CTL_ADD, uintptr(fd), uintptr(unsafe.Pointer(ev)), 0, 0); errno != 0 {
+		return errno
+	}
+	return nil
+}
+
+// epollWait takes the events that are there.
+func epollWait(epfd int, events []syscall.EpollEvent) (int, error) {
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_EPOLL_PWAIT, uintptr(epfd), uintptr(unsafe.Pointer(unsafe.SliceData(events))), uintptr(len(events)), 0, 0, 0)
+	if errno != 0 {
+		return -1, errno
+	}
+	return int(n), nil
+}
+
+// acceptSocket takes the next connection of a listening socket.
+func acceptSocket(ln int) (fd int, from netip.AddrPort, err error) {
+	var sa syscall.RawSockaddrInet6 // an IPv4 address fits
+	size := uint32(unsafe.Sizeof(sa))
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_ACCEPT4, uintptr(ln), uintptr(unsafe.Pointer(&sa)), uintptr(unsafe.Pointer(&size)),
+		syscall.SOCK_NONBLOCK|syscall.SOCK_CLOEXEC, 0, 0)
+	if errno != 0 {
+		return -1, from, errno
+	}
+	port := binary.BigEndian.Uint16((*[2]byte)(unsafe.Pointer(&sa.Port))[:])
+	if sa.Family == syscall.AF_INET {
+		return int(n), netip.AddrPortFrom(netip.AddrFrom4((*syscall.RawSockaddrInet4)(unsafe.Pointer(&sa)).Addr), port), nil
+	}
+	return int(n), netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), port), nil
+}
+
+func closeSocket(fd int) { syscall.RawSyscall(syscall.SYS_CLOSE, uintptr(fd), 0, 0) }
+
+// takeSocket takes a descriptor from Go, whose own poller would be woken for every
+// event too as long as it has one.
+func takeSocket(nc *net.TCPConn) (int, error) {
+	defer nc.Close()
+	raw, err := nc.SyscallConn()
 	if err != nil {
 		return -1, err
 	}
@@ -107,7 +145,7 @@ func (s *epollSocket) unsent() bool { return false }
 
 func (s *epollSocket) closeWrite() {
 	if s.fd >= 0 {
-		syscall.Shutdown(s.fd, syscall.SHUT_WR)
+		syscall.RawSyscall(syscall.SYS_SHUTDOWN, uintptr(s.fd), syscall.SHUT_WR, 0)
 	}
 }
 

@@ -84,6 +84,9 @@ func upgrade(w http.ResponseWriter, q *http.Request, extra http.Header) (nc net.
 	if err != nil {
 		return nil, nil, nil, fmt.Errorf("taking the connection over: %w", err)
 	}
+	if g, ok := nc.(*guest); ok {
+		nc = g.Conn
+	}
 	if n := rw.Reader.Buffered(); n > 0 {
 		first = make([]byte, n)
 		if _, err = rw.Reader.Read(first); err != nil {
