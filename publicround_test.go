@@ -152,7 +152,7 @@ func TestPublicRound(t *testing.T) {
 				t.Errorf("others are %v, want %v", f.others, p.other.id)
 			case tt.other:
 				o := f.others[0]
-				if older := o.theirs.age - o.mine.age; !o.told || o.theirs.age <= 0 || older < -time.Second || older > time.Second || o.theirs.users || o.mine.users {
+				if older := o.theirs.age - o.mine.age; !o.told || o.theirs.age < 0 || older < -time.Second || older > time.Second || o.theirs.users || o.mine.users {
 					t.Errorf("the other is seen as %+v", o)
 				}
 			}
