@@ -6,13 +6,23 @@ import (
 	"time"
 )
 
+// gracesPerConnection bounds how many graces run at once, as a multiple of
+// -max-connections. All binaries may leave and come back under other ids several
+// times within one grace before the oldest of them notices; a grace is half a
+// KiB, so that all of them are half of what README counts for the connections.
+const gracesPerConnection = 4
+
 // Grace is how long a server-id stays its binary's after the connection ended.
 // All graces are equally long, so they end in the order in which they began:
 // one timer serves the whole line. A timer for each would cost hundreds of
 // goroutines at once, whose memory Go never gives back, when all that a proxy
 // in front cut off runs out.
+//
+// The line is bounded: binaries that come and go under ever new server-ids would
+// fill memory with graces. Beyond most of them the oldest ends early.
 type graces struct {
 	length  time.Duration
+	most    int
 	now     func() int64        // relay clock
 	expire  func(*list.Element) // takes what has come to the front and out of the line, without mu
 	running sync.WaitGroup      // the timer, and what it does
@@ -32,8 +42,11 @@ func (s *graces) begin(e *entry) *list.Element {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	el := s.line.PushBack(&grace{e: e, end: s.now() + int64(s.length)})
-	if s.timer == nil {
+	switch {
+	case s.timer == nil:
 		s.arm(s.length)
+	case s.line.Len() > s.most && s.timer.Stop(): // else it runs already, and looks again
+		s.timer.Reset(0)
 	}
 	return el
 }
@@ -55,7 +68,8 @@ func (s *graces) arm(d time.Duration) {
 	})
 }
 
-// run ends the graces whose time is over.
+// run ends the graces whose time is over, and those that are too many. It is the
+// timer's to do since begin is called with an entry's lock held.
 func (s *graces) run() {
 	for {
 		s.mu.Lock()
@@ -65,7 +79,7 @@ func (s *graces) run() {
 			s.mu.Unlock()
 			return
 		}
-		if wait := el.Value.(*grace).end - s.now(); wait > 0 {
+		if wait := el.Value.(*grace).end - s.now(); wait > 0 && s.line.Len() <= s.most {
 			s.arm(time.Duration(wait))
 			s.mu.Unlock()
 			return

@@ -81,7 +81,7 @@ func newRelay(o options, id identity, build buildVersion, instance *instanceStat
 	}
 	r.memory.budget = r.limits.budget
 	r.registry.relay = r
-	r.registry.graces = graces{length: o.grace, now: r.now, expire: r.registry.expire}
+	r.registry.graces = graces{length: o.grace, most: gracesPerConnection * o.maxConnections, now: r.now, expire: r.registry.expire}
 	r.metrics = newMetrics(id, build, instance, r.memory.budget)
 	r.fallback = newGoPoller(r)
 	// One loop moves a million small frames a second; the other half of the
