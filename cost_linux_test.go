@@ -11,11 +11,11 @@ import (
 	"testing"
 )
 
-// bareClient is a phone of which only the kernel knows: no memory of Go's is
+// bareClient is a peer of which only the kernel knows: no memory of Go's is
 // its own, so that what the process holds more of is the relay's.
 type bareClient int
 
-func dialBare(t *testing.T, addr, id string) bareClient {
+func dialBare(t *testing.T, addr, path, id, more string) bareClient {
 	t.Helper()
 	to := netip.MustParseAddrPort(addr)
 	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM|syscall.SOCK_CLOEXEC, 0)
@@ -26,8 +26,8 @@ func dialBare(t *testing.T, addr, id string) bareClient {
 		t.Fatal("connect:", err)
 	}
 	c := bareClient(fd)
-	c.write(t, []byte("GET /v2/client HTTP/1.1\r\nHost: relay\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"+
-		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nX-Pyrycode-Server: "+id+"\r\nUser-Agent: bare\r\n\r\n"))
+	c.write(t, []byte("GET "+path+" HTTP/1.1\r\nHost: relay\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"+
+		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nX-Pyrycode-Version: 1\r\nX-Pyrycode-Server: "+id+"\r\nUser-Agent: bare\r\n"+more+"\r\n"))
 	if answer := c.read(t, []byte("\r\n\r\n")); !bytes.HasPrefix(answer, []byte("HTTP/1.1 101 ")) {
 		t.Fatalf("the upgrade was answered with %q", answer)
 	}
@@ -78,7 +78,7 @@ func TestBytesPerConnection(t *testing.T) {
 	before := heldMemory()
 	clients := make([]bareClient, phones)
 	for i := range clients {
-		clients[i] = dialBare(t, r.addr, "server")
+		clients[i] = dialBare(t, r.addr, "/v2/client", "server", "")
 	}
 	defer func() {
 		for _, c := range clients {
@@ -123,7 +123,7 @@ func TestWavesAreGivenBack(t *testing.T) {
 		before := ownedMemory()
 		var clients [phones]bareClient
 		for i := range clients {
-			clients[i] = dialBare(t, r.addr, "server")
+			clients[i] = dialBare(t, r.addr, "/v2/client", "server", "")
 		}
 		eventually(t, "the wave is noticed", func() bool { return r.trimmer.peak.Load() > phones*sessionCost })
 		top := ownedMemory()
