@@ -25,6 +25,8 @@ type balancer struct {
 	request func(head string) string // what the backend gets
 	reply   func(head string) string // what the client gets
 	idle    time.Duration            // cuts a direction that is silent for so long
+	// farewell is what the client gets at the end.
+	farewell string
 
 	mu    sync.Mutex
 	n     int
@@ -97,7 +99,7 @@ func (b *balancer) serve(client net.Conn) {
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		b.pump(server, client, cr)
+		b.pump(server, client, cr, "")
 	}()
 	sr := bufio.NewReader(server)
 	if head, err = readHead(sr); err == nil {
@@ -105,7 +107,7 @@ func (b *balancer) serve(client net.Conn) {
 			head = b.reply(head)
 		}
 		io.WriteString(client, head)
-		b.pump(client, server, sr)
+		b.pump(client, server, sr, b.farewell)
 	}
 	client.Close()
 	server.Close()
@@ -113,7 +115,7 @@ func (b *balancer) serve(client net.Conn) {
 }
 
 // pump copies until either end is over, or silent for b.idle.
-func (b *balancer) pump(to, from net.Conn, r io.Reader) {
+func (b *balancer) pump(to, from net.Conn, r io.Reader, farewell string) {
 	buf := make([]byte, 32<<10)
 	for {
 		if b.idle > 0 {
@@ -124,6 +126,7 @@ func (b *balancer) pump(to, from net.Conn, r io.Reader) {
 			to.Write(buf[:n])
 		}
 		if err != nil {
+			io.WriteString(to, farewell)
 			to.Close()
 			return
 		}

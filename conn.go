@@ -85,6 +85,7 @@ type conn struct {
 	sock    socket
 	addr    netip.Addr // of the client, behind proxies too
 	opened  int64      // relay clock
+	proxied bool       // the TCP connection is one of -trusted-proxies
 	passing use        // what its bytes count as while they do not wait: usePassing, useBinary
 
 	state atomic.Uint32 // connState; written under mu

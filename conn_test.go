@@ -88,6 +88,45 @@ func TestFrameRulesAreEnforced(t *testing.T) {
 	})
 }
 
+// TestProxyClosed: an unmasked close frame is a proxy's own, where one is trusted;
+// nothing else that is unmasked is.
+func TestProxyClosed(t *testing.T) {
+	t.Parallel()
+	closing := append([]byte{0x88, 2}, closePayload(1001, "")...)
+	strange := testOptions()
+	strange.trustedProxies = prefixList("10.0.0.0/8")
+	for _, tt := range []struct {
+		name   string
+		o      options
+		raw    []byte
+		reason string
+	}{
+		{"close", testOptions(), closing, "proxy closed"},
+		{"empty close", testOptions(), []byte{0x88, 0}, "proxy closed"},
+		{"in the middle of a message", testOptions(), cat(clientFrame(more, opText, []byte("1")), closing), "proxy closed"},
+		{"ping", testOptions(), []byte{0x89, 0}, "unmasked frame"},
+		{"text", testOptions(), []byte{0x81, 1, '1'}, "unmasked frame"},
+		{"reserved bit", testOptions(), []byte{0xc8, 0}, "reserved bit set"},
+		{"close of nobody that is trusted", strange, closing, "unmasked frame"},
+	} {
+		onLegs(t, tt.o, func(t *testing.T, r *testRelay, l leg) {
+			for _, piece := range []int{len(tt.raw), 1} {
+				ln := r.lane(l)
+				for raw := range slices.Chunk(tt.raw, piece) {
+					ln.from.raw(raw)
+				}
+				if code, reason := ln.from.ended(); code != 1002 || reason != tt.reason {
+					t.Errorf("%s in pieces of %d: closed %d %q, want 1002 %q", tt.name, piece, code, reason, tt.reason)
+				}
+			}
+			r.settle("the end of them", func() bool { return r.count(l) == 0 })
+			if want := `reason="` + tt.reason + `"`; !strings.Contains(r.logs.String(), want) {
+				t.Errorf("%s: the log lacks %s", tt.name, want)
+			}
+		})
+	}
+}
+
 func TestMessagesAreAssembled(t *testing.T) {
 	t.Parallel()
 	tests := []struct {

@@ -204,6 +204,11 @@ func explainEnd(err error) fault {
 		return fault{err.Error(), "have the proxy pass WebSocket frames on at once, without buffering"}
 	case end.err != nil:
 		return fault{end.Error(), "look at the proxy's log: it cut a connection that was open"}
+	case end.code == int(endShutdown.code()) && end.reason == endShutdown.String():
+		return fault{end.Error(), "the relay was stopped just then: look at its log, and try again"}
+	case end.code == int(endShutdown.code()):
+		return fault{end.Error(), "the proxy was reloaded or stopped, and says goodbye to every session when it is: " +
+			"have it leave them alone (Caddy: stream_close_delay 5m in reverse_proxy), and reload it less often"}
 	}
 	return fault{end.Error(), "look at the relay's log"}
 }

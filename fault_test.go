@@ -214,6 +214,20 @@ func TestProbeFails(t *testing.T) {
 			return through(t, func(b *balancer) { b.idle = 300 * time.Millisecond })
 		},
 			idle: patience, step: "idle", detail: "connection was cut after ", remedy: "proxy_read_timeout"},
+		{name: "a proxy that is reloaded", target: func(t *testing.T) string {
+			return through(t, func(b *balancer) {
+				b.reply = func(head string) string { return head + "\x88\x02\x03\xe9" }
+			})
+		},
+			step: "claim", detail: "closed 1001", remedy: "stream_close_delay 5m"},
+		{name: "a proxy that is reloaded while all is quiet", target: func(t *testing.T) string {
+			return through(t, func(b *balancer) { b.idle, b.farewell = 300*time.Millisecond, "\x88\x02\x03\xe9" })
+		},
+			idle: patience, step: "idle", detail: "closed 1001", remedy: "stream_close_delay 5m"},
+		{name: "a relay that is stopped while all is quiet", target: func(t *testing.T) string {
+			return through(t, func(b *balancer) { b.idle, b.farewell = 300*time.Millisecond, "\x88\x0f\x03\xe9shutting down" })
+		},
+			idle: patience, step: "idle", detail: `closed 1001 "shutting down"`, remedy: "the relay was stopped"},
 		{name: "a limit on messages", target: func(t *testing.T) string {
 			o := testOptions()
 			o.maxFrame = 64 << 10
@@ -356,7 +370,9 @@ func TestExplainNames(t *testing.T) {
 		{&dialError{stepTCP, &trip{}, syscall.EHOSTUNREACH}, "no route to host", "route"},
 		{&dialError{stepTLS, &trip{}, tls.AlertError(40)}, "refused the TLS handshake", "a certificate for relay.test"},
 		{&dialError{stepTLS, &trip{}, io.EOF}, "the TLS handshake failed: EOF", "speaks TLS"},
-		{&endError{code: 1001, reason: "shutting down"}, `closed 1001 "shutting down"`, "relay's log"},
+		{&endError{code: 1001, reason: "shutting down"}, `closed 1001 "shutting down"`, "the relay was stopped just then"},
+		{&endError{code: 1001}, `closed 1001`, "stream_close_delay 5m"},
+		{&endError{code: 1011, reason: "heartbeat timeout"}, `closed 1011 "heartbeat timeout"`, "relay's log"},
 		{&endError{code: 1006, err: io.EOF}, "connection lost: EOF", "proxy's log"},
 	} {
 		if f := explain(base, tt.err); !strings.Contains(f.what, tt.what) || !strings.Contains(f.remedy, tt.remedy) {

@@ -247,8 +247,12 @@ func (p *probe) quiet(ctx context.Context, claim, ph *wsPeer) {
 	defer every.Stop()
 	p.shows.note(fmt.Sprintf("silent for %v", p.idle))
 	cut := func(who string, err error) {
-		p.fail("idle", fault{fmt.Sprintf("the %s connection was cut after %s of silence: %v", who, brief(time.Since(began)), err),
-			"raise the proxy's timeout for idle WebSockets well over the relay's -ping of 30s (nginx: proxy_read_timeout and proxy_send_timeout 1h; HAProxy: timeout tunnel 1h)"})
+		remedy := "raise the proxy's timeout for idle WebSockets well over the relay's -ping of 30s (nginx: proxy_read_timeout and proxy_send_timeout 1h; HAProxy: timeout tunnel 1h)"
+		var end *endError
+		if errors.As(err, &end) && end.code == int(endShutdown.code()) { // said so: no timeout
+			remedy = explainEnd(err).remedy
+		}
+		p.fail("idle", fault{fmt.Sprintf("the %s connection was cut after %s of silence: %v", who, brief(time.Since(began)), err), remedy})
 	}
 	for {
 		select {

@@ -32,6 +32,7 @@ const (
 
 	// Frame rules (RFC 6455 §5).
 	endUnmasked        // §5.1: a client must mask
+	endProxyClosed     // §5.1: a trusted proxy ended it with a close frame of its own, unmasked, as Caddy 2.6 does
 	endReservedBit     // §5.2: no extension was negotiated
 	endUnknownOpcode   // §5.2
 	endBadControl      // §5.5: over 125 bytes or fragmented
@@ -69,6 +70,7 @@ var closeReasons = [closeReasonCount]struct {
 	endPeerClosed:      {0, "closed by peer"},
 	endPeerLost:        {1006, "connection lost"},
 	endUnmasked:        {1002, "unmasked frame"},
+	endProxyClosed:     {1002, "proxy closed"},
 	endReservedBit:     {1002, "reserved bit set"},
 	endUnknownOpcode:   {1002, "unknown opcode"},
 	endBadControl:      {1002, "bad control frame"},

@@ -40,10 +40,7 @@ func (c *conn) parse(t *batch, data []byte) {
 			continue
 		}
 		h, fault := parseFrameHeader(data)
-		if fault == endNone && h.size > 0 {
-			fault = c.admit(h)
-		}
-		if fault != endNone {
+		if fault = c.admit(h, fault); fault != endNone {
 			c.violation(t, fault)
 			return
 		}
@@ -57,10 +54,14 @@ func (c *conn) parse(t *batch, data []byte) {
 	}
 }
 
-// admit checks what the header alone tells: order and size.
-func (c *conn) admit(h frameHeader) closeReason {
-	if h.control() {
-		return endNone
+// admit checks what the header alone tells: order and size. fault is what is wrong
+// with the header itself.
+func (c *conn) admit(h frameHeader, fault closeReason) closeReason {
+	switch {
+	case fault == endUnmasked && h.op == opClose && c.proxied:
+		return endProxyClosed
+	case fault != endNone || h.size == 0 || h.control():
+		return fault
 	}
 	have := int64(0)
 	if c.msg != nil {
@@ -132,10 +133,7 @@ func (c *conn) filled(t *batch, n int) {
 func (c *conn) complete(t *batch, data []byte) []byte {
 	for {
 		h, fault := parseFrameHeader(c.in.bytes())
-		if fault == endNone && h.size > 0 {
-			fault = c.admit(h)
-		}
-		if fault != endNone {
+		if fault = c.admit(h, fault); fault != endNone {
 			c.violation(t, fault)
 			return nil
 		}

@@ -185,6 +185,7 @@ func (r *relay) ready(w http.ResponseWriter) {
 type caller struct {
 	serverID string
 	addr     netip.Addr
+	proxied  bool // the TCP connection is one of -trusted-proxies
 	probe    bool // the relay itself, through its public name
 }
 
@@ -215,6 +216,7 @@ func (r *relay) serve(w http.ResponseWriter, q *http.Request, l leg) {
 func (r *relay) gates(q *http.Request, l leg) (who caller, refused *refusal) {
 	who.serverID = q.Header.Get("X-Pyrycode-Server")
 	who.addr = clientAddr(q, r.o.trustedProxies)
+	who.proxied = within(peerAddr(q), r.o.trustedProxies)
 	if r.ignored.first(q, r.o.trustedProxies) {
 		r.log.Warn(fmt.Sprintf("X-Forwarded-For from %s ignored: it is not in -trusted-proxies; all who come through it share one rate limit", who.addr))
 	}
@@ -374,6 +376,7 @@ func (r *relay) servePhone(who caller, nc net.Conn, first, answer []byte) {
 // takeOver makes nc c's, and queues the answer to its request. Where no poller
 // takes it, because its end is found just then, it is given up.
 func (r *relay) takeOver(c *conn, l leg, who caller, nc net.Conn, answer []byte) bool {
+	c.proxied = who.proxied
 	if err := r.loop(who.serverID).bind(c, nc); err != nil {
 		r.countUpgrade(l, who, upgradeFailed)
 		r.log.Error("taking over a connection failed", "leg", l, "error", err)
