@@ -152,12 +152,14 @@ func TestLogWriterReaderGone(t *testing.T) {
 			fmt.Fprintf(w, "line %d\n", i)
 		}
 		time.Sleep(time.Second)
+		synctest.Wait()
 		if got := w.lost.Load(); got != 2 {
 			t.Errorf("%d lines lost, want 2 of 3", got)
 		}
 		out.room = 0
 		io.WriteString(w, "line 3\n")
 		time.Sleep(time.Second)
+		synctest.Wait()
 		out.broken = false
 		io.WriteString(w, "line 4\n")
 		time.Sleep(time.Second)
