@@ -95,6 +95,7 @@ func (r *relay) drain(ctx context.Context) {
 	}
 	r.fallback.stop()
 	r.trimmer.stop()
+	r.clock.stop()
 }
 
 // await calls nudge, and again a few times a second for those who were between

@@ -54,6 +54,7 @@ type relay struct {
 	fallback *goPoller
 	seed     maphash.Seed
 	started  time.Time
+	clock    clock
 	tick     int64 // nanoseconds between two looks at a connection's timeouts
 	refusals logGate
 	ignored  untrusted
@@ -76,6 +77,7 @@ func newRelay(o options, id identity, build buildVersion, instance *instanceStat
 		limits:  newLimits(o, time.Now),
 		seed:    maphash.MakeSeed(),
 		started: time.Now(),
+		clock:   newClock(),
 		tick:    int64(min(mostLate, o.ping/2, o.messageTimeout/2, o.writeTimeout/2, o.closeTimeout/2, o.challengeTimeout/2)),
 		left:    make(chan struct{}, 1),
 	}
@@ -97,17 +99,88 @@ func newRelay(o options, id identity, build buildVersion, instance *instanceStat
 		r.loops = append(r.loops, l)
 	}
 	r.trimmer.start(o.grace, r.held)
+	r.clock.start(log)
 	return r, nil
 }
 
-// now is the relay clock: nanoseconds since the start, never 0.
-func (r *relay) now() int64 { return int64(time.Since(r.started)) + 1 }
+// now is the relay clock: nanoseconds since the start without those in which the
+// relay stood still, never 0.
+func (r *relay) now() int64 { return r.clock.now() }
+
+// clock measures the time in which the process runs. Where a container's pause, a
+// debugger or a machine without a free processor stops it, what peers sent
+// meanwhile waits in the kernel, so no peer may be held to that time: every
+// deadline is on this clock, and moves by the stall.
+type clock struct {
+	elapsed func() time.Duration // since the start, monotonic
+	quit    chan struct{}
+	done    chan struct{}
+
+	mu      sync.Mutex // guards what follows
+	last    int64      // elapsed at the last reading
+	stalled int64      // of which the process stood still
+}
+
+const (
+	// clockLook is how often the clock is read at the least.
+	clockLook = 500 * time.Millisecond
+	// stallFrom is the time between two readings that counts as a stall. Four
+	// looks are more than a busy machine misses.
+	stallFrom = 4 * clockLook
+)
+
+func newClock() clock {
+	start := time.Now()
+	return clock{elapsed: func() time.Duration { return time.Since(start) }, quit: make(chan struct{}), done: make(chan struct{})}
+}
+
+func (c *clock) now() int64 {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	at := int64(c.elapsed()) + 1
+	if gap := at - c.last; gap >= int64(stallFrom) && c.last > 0 {
+		c.stalled += gap
+	}
+	c.last = at
+	return at - c.stalled
+}
+
+// start reads the clock until stop, so that only a stall lets it go unread.
+func (c *clock) start(log *slog.Logger) { go c.run(log) }
+
+func (c *clock) run(log *slog.Logger) {
+	defer close(c.done)
+	look := time.NewTicker(clockLook)
+	defer look.Stop()
+	told := int64(0)
+	for {
+		select {
+		case <-c.quit:
+			return
+		case <-look.C:
+		}
+		c.now()
+		c.mu.Lock()
+		stalled := c.stalled
+		c.mu.Unlock()
+		if stalled > told {
+			log.Warn("the relay stood still: every deadline is moved by that", "duration", time.Duration(stalled-told))
+			told = stalled
+		}
+	}
+}
+
+// stop returns once nothing reads the clock regularly.
+func (c *clock) stop() {
+	close(c.quit)
+	<-c.done
+}
 
 // standing is this relay's, at this moment.
 func (r *relay) standing() standing {
 	m := r.metrics
 	users := m.connectedBinaries.Load()+m.binariesInGrace.Load() > r.registry.checks.Load()
-	return standing{time.Duration(r.now()), users, r.instance.yielding()}
+	return standing{time.Since(r.started), users, r.instance.yielding()}
 }
 
 // greeting is in every answer of the WebSocket endpoints.
@@ -169,7 +242,7 @@ func (r *relay) health(w http.ResponseWriter) {
 		Uptime   int64  `json:"uptime_seconds"`
 	}{
 		status, r.build.version, r.id.id, r.instance.publicWord(),
-		r.metrics.connectedBinaries.Load(), r.metrics.connectedPhones.Load(), r.now() / int64(time.Second),
+		r.metrics.connectedBinaries.Load(), r.metrics.connectedPhones.Load(), int64(time.Since(r.started) / time.Second),
 	})
 }
 

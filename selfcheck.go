@@ -209,7 +209,7 @@ func (l *instanceLock) answer(nc *net.TCPConn) {
 	info, r := l.info, l.relay
 	l.mu.Unlock()
 	if r != nil {
-		info.Uptime = r.now() / int64(time.Second)
+		info.Uptime = int64(time.Since(r.started) / time.Second)
 		info.Servers, info.Draining = r.metrics.connectedBinaries.Load(), r.isDraining()
 	}
 	line, _ := json.Marshal(info) // of strings, numbers and a time: does not fail

@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"syscall"
 	"testing"
 	"time"
 )
@@ -321,4 +322,57 @@ func TestCloseHandshakeDeadline(t *testing.T) {
 			})
 		})
 	}
+}
+
+// The relay clock goes on while somebody looks at it, and does not count the time
+// in which nobody could.
+func TestClockLeavesStallsOut(t *testing.T) {
+	t.Parallel()
+	var real time.Duration
+	c := clock{elapsed: func() time.Duration { return real }}
+	start := c.now()
+	for _, step := range []struct {
+		name       string
+		pass, want time.Duration // since the start
+	}{
+		{"a look", clockLook, clockLook},
+		{"a late look", stallFrom - 1, clockLook + stallFrom - 1},
+		{"a stall", 70 * time.Second, clockLook + stallFrom - 1},
+		{"and on", clockLook, 2*clockLook + stallFrom - 1},
+		{"another stall", time.Hour, 2*clockLook + stallFrom - 1},
+		{"and on", 1, 2*clockLook + stallFrom},
+	} {
+		real += step.pass
+		if got := time.Duration(c.now() - start); got != step.want {
+			t.Errorf("%s: %v since the start, want %v", step.name, got, step.want)
+		}
+	}
+}
+
+// A relay that stood still for longer than a deadline ends nobody: what its peers
+// sent meanwhile is there.
+func TestStallEndsNobody(t *testing.T) {
+	t.Parallel()
+	const ping = 4 * time.Second
+	p := startProgram(t, nil, "-ping", ping.String(), "-rate-per-minute", "0", "-max-phones", "200").listening()
+	clients := []*wsClient{p.connect("/v2/server", binaryHeaders("stall"))}
+	for len(clients) < 200 { // more than a loop reads before it looks at deadlines
+		clients = append(clients, p.connect("/v2/client", phoneHeaders("stall")))
+	}
+	wantPings := func() {
+		for i, c := range clients {
+			if op, b, err := c.next(); op != opPing || err != nil {
+				t.Fatalf("client %d: opcode %d %q, %v, want a ping", i, op, b, err)
+			}
+		}
+	}
+	wantPings()
+	p.signal(syscall.SIGSTOP)
+	for _, c := range clients {
+		c.frame(opPong, nil)
+	}
+	time.Sleep(ping + time.Second) // for once it is real time that has to pass
+	p.signal(syscall.SIGCONT)
+	wantPings()
+	p.said("the relay stood still")
 }
