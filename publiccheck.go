@@ -103,7 +103,9 @@ type sighting struct {
 
 // startPublicCheck starts the check, if there is a -public-url.
 func startPublicCheck(o options, r *relay) *publicCheck {
-	c := &publicCheck{me: r.id, began: r.started, bypass: o.bypass, pace: o.checkPace, state: r.instance, log: r.log, leave: make(chan error, 1)}
+	c := &publicCheck{
+		me: r.id, began: r.started, bypass: o.bypass, pace: o.checkPace, state: r.instance, log: r.log, leave: make(chan error, 1),
+	}
 	ctx, cancel := context.WithCancel(context.Background())
 	c.cancel = cancel
 	if o.publicURL == nil {
