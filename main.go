@@ -120,6 +120,7 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 		defer lock.Close()
 	}
 	warnFileLimit(o, log)
+	warnMemory(o, log)
 	defer limitMemory(o)()
 
 	public, err := listen("-listen", o.listen)
@@ -208,6 +209,14 @@ func warnFileLimit(o options, log *slog.Logger) {
 	if n, ok := fileLimit(); ok && n < uint64(o.maxConnections)+others {
 		log.Warn("the file limit is below -max-connections: connections beyond it are not accepted until others leave; "+
 			"raise it (ulimit -n, LimitNOFILE=) or lower -max-connections", "file_limit", n, "max_connections", o.maxConnections)
+	}
+}
+
+func warnMemory(o options, log *slog.Logger) {
+	if allowed, from, ok := memoryAllowed(""); ok {
+		if text, attrs := memoryWarning(o, allowed, from); text != "" {
+			log.Warn(text, attrs...)
+		}
 	}
 }
 

@@ -7,3 +7,5 @@ package main
 func residentMemory() (n int64, ok bool) { return 0, false }
 func openFiles() (n int64, ok bool)      { return 0, false }
 func fileLimit() (n uint64, ok bool)     { return 0, false }
+
+func memoryAllowed(string) (n int64, from string, ok bool) { return 0, "", false }
