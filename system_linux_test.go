@@ -19,16 +19,55 @@ func TestMemoryAllowed(t *testing.T) {
 	}{
 		{"nothing is known", nil, 0, ""},
 		{"the machine", map[string]string{"proc/meminfo": meminfo}, 1 << 20, "/proc/meminfo"},
-		{"version 2", map[string]string{"proc/meminfo": meminfo, "proc/self/cgroup": "0::/a/b\n", "sys/fs/cgroup/a/b/memory.max": "65536\n", "sys/fs/cgroup/a/memory.max": "max\n"}, 65536, "/sys/fs/cgroup/a/b/memory.max"},
-		{"version 2, a group above", map[string]string{"proc/self/cgroup": "0::/a/b/c\n", "sys/fs/cgroup/a/b/c/memory.max": "max\n", "sys/fs/cgroup/a/memory.max": "4096\n"}, 4096, "/sys/fs/cgroup/a/memory.max"},
-		{"version 2, in a container", map[string]string{"proc/meminfo": meminfo, "proc/self/cgroup": "0::/\n", "sys/fs/cgroup/memory.max": "8192\n"}, 8192, "/sys/fs/cgroup/memory.max"},
-		{"version 2, a path outside of the container", map[string]string{"proc/self/cgroup": "0::/../../host/x\n", "sys/fs/cgroup/memory.max": "8192\n"}, 8192, "/sys/fs/cgroup/memory.max"},
-		{"version 2, no limit", map[string]string{"proc/meminfo": meminfo, "proc/self/cgroup": "0::/a\n", "sys/fs/cgroup/a/memory.max": "max\n"}, 1 << 20, "/proc/meminfo"},
-		{"version 1", map[string]string{"proc/meminfo": meminfo, "proc/self/cgroup": "9:name=systemd:/\n4:hugetlb,memory:/docker/1\n1:cpu:/x\n", "sys/fs/cgroup/memory/docker/1/memory.limit_in_bytes": "12288\n"}, 12288, "/sys/fs/cgroup/memory/docker/1/memory.limit_in_bytes"},
-		{"version 1, in a container", map[string]string{"proc/self/cgroup": "4:memory:/docker/1\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": "12288\n"}, 12288, "/sys/fs/cgroup/memory/memory.limit_in_bytes"},
-		{"version 1, no limit", map[string]string{"proc/meminfo": meminfo, "proc/self/cgroup": "4:memory:/\n", "sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n"}, 1 << 20, "/proc/meminfo"},
-		{"both", map[string]string{"proc/self/cgroup": "4:memory:/a\n0::/b\n", "sys/fs/cgroup/memory/a/memory.limit_in_bytes": "16384\n", "sys/fs/cgroup/b/memory.max": "20480\n"}, 16384, "/sys/fs/cgroup/memory/a/memory.limit_in_bytes"},
-		{"unreadable", map[string]string{"proc/meminfo": "what\n", "proc/self/cgroup": "0:\n\nx\n0::/\n", "sys/fs/cgroup/memory.max": "-1\n"}, 0, ""},
+		{"version 2", map[string]string{
+			"proc/meminfo":                 meminfo,
+			"proc/self/cgroup":             "0::/a/b\n",
+			"sys/fs/cgroup/a/b/memory.max": "65536\n",
+			"sys/fs/cgroup/a/memory.max":   "max\n",
+		}, 65536, "/sys/fs/cgroup/a/b/memory.max"},
+		{"version 2, a group above", map[string]string{
+			"proc/self/cgroup":               "0::/a/b/c\n",
+			"sys/fs/cgroup/a/b/c/memory.max": "max\n",
+			"sys/fs/cgroup/a/memory.max":     "4096\n",
+		}, 4096, "/sys/fs/cgroup/a/memory.max"},
+		{"version 2, in a container", map[string]string{
+			"proc/meminfo":             meminfo,
+			"proc/self/cgroup":         "0::/\n",
+			"sys/fs/cgroup/memory.max": "8192\n",
+		}, 8192, "/sys/fs/cgroup/memory.max"},
+		{"version 2, a path outside of the container", map[string]string{
+			"proc/self/cgroup":         "0::/../../host/x\n",
+			"sys/fs/cgroup/memory.max": "8192\n",
+		}, 8192, "/sys/fs/cgroup/memory.max"},
+		{"version 2, no limit", map[string]string{
+			"proc/meminfo":               meminfo,
+			"proc/self/cgroup":           "0::/a\n",
+			"sys/fs/cgroup/a/memory.max": "max\n",
+		}, 1 << 20, "/proc/meminfo"},
+		{"version 1", map[string]string{
+			"proc/meminfo":     meminfo,
+			"proc/self/cgroup": "9:name=systemd:/\n4:hugetlb,memory:/docker/1\n1:cpu:/x\n",
+			"sys/fs/cgroup/memory/docker/1/memory.limit_in_bytes": "12288\n",
+		}, 12288, "/sys/fs/cgroup/memory/docker/1/memory.limit_in_bytes"},
+		{"version 1, in a container", map[string]string{
+			"proc/self/cgroup":                           "4:memory:/docker/1\n",
+			"sys/fs/cgroup/memory/memory.limit_in_bytes": "12288\n",
+		}, 12288, "/sys/fs/cgroup/memory/memory.limit_in_bytes"},
+		{"version 1, no limit", map[string]string{
+			"proc/meminfo":     meminfo,
+			"proc/self/cgroup": "4:memory:/\n",
+			"sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+		}, 1 << 20, "/proc/meminfo"},
+		{"both", map[string]string{
+			"proc/self/cgroup": "4:memory:/a\n0::/b\n",
+			"sys/fs/cgroup/memory/a/memory.limit_in_bytes": "16384\n",
+			"sys/fs/cgroup/b/memory.max":                   "20480\n",
+		}, 16384, "/sys/fs/cgroup/memory/a/memory.limit_in_bytes"},
+		{"unreadable", map[string]string{
+			"proc/meminfo":             "what\n",
+			"proc/self/cgroup":         "0:\n\nx\n0::/\n",
+			"sys/fs/cgroup/memory.max": "-1\n",
+		}, 0, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
