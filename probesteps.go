@@ -94,13 +94,7 @@ func (p *probe) headers(a *answer) {
 
 // meet counts who answered, if anybody did.
 func (p *probe) meet(peer *wsPeer, err error) (who identity, ok bool) {
-	var a *answer
-	var failed *dialError
-	if peer != nil {
-		a = peer.answer
-	} else if errors.As(err, &failed) {
-		a = failed.trip.answer
-	}
+	a := answerOf(peer, err)
 	if a == nil {
 		return identity{}, false
 	}
@@ -133,11 +127,10 @@ func (p *probe) joins(ctx context.Context, claim *wsPeer) (kept *wsPeer) {
 		if err == nil {
 			err = ph.roundTrip([]byte(`"hello"`))
 		}
-		var end *endError
 		switch {
 		case err == nil:
 			joined++
-		case errors.As(err, &end) && end.code == int(endNeverSeen.code()) && claim.alive(), known && who.id != home.id:
+		case wentAstray(err, claim), known && who.id != home.id:
 			astray++
 			lost = err
 		default:

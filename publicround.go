@@ -3,7 +3,6 @@ package main
 import (
 	"cmp"
 	"context"
-	"errors"
 	"fmt"
 	mrand "math/rand/v2"
 	"net/http"
@@ -224,13 +223,7 @@ func (p *publicPath) tryID(ctx context.Context, joins, follow int, t *tally) rea
 func (p *publicPath) open(ctx context.Context, l leg, id string) (*wsPeer, reach) {
 	nonce := p.keys.issue(id)
 	peer, err := p.dialer.dial(ctx, l, id, nonce)
-	var a *answer
-	var failed *dialError
-	if errors.As(err, &failed) {
-		a = failed.trip.answer
-	} else {
-		a = peer.answer
-	}
+	a := answerOf(peer, err)
 	who, ok := a.identity()
 	switch {
 	case ok && who.id == p.me.id && err != nil && (a.code == http.StatusBadRequest || a.code == http.StatusUpgradeRequired):
@@ -268,11 +261,10 @@ func (p *publicPath) join(ctx context.Context, id string, claim *wsPeer) reach {
 		return r
 	}
 	err := ph.roundTrip([]byte(`"` + id + `"`))
-	var end *endError
 	switch {
 	case err == nil:
 		return reach{kind: reachMe} // whatever became of the header: the frame was here
-	case r.kind == reachStranger && claim.alive() && errors.As(err, &end) && end.code == int(endNeverSeen.code()):
+	case r.kind == reachStranger && wentAstray(err, claim):
 		return reach{kind: reachOther}
 	case r.kind == reachStranger:
 		return r

@@ -89,6 +89,18 @@ type dialError struct {
 func (e *dialError) Error() string { return fmt.Sprintf("%s: %v", e.step, e.err) }
 func (e *dialError) Unwrap() error { return e.err }
 
+// answerOf is the answer to a dial, nil where none came.
+func answerOf(peer *wsPeer, err error) *answer {
+	var failed *dialError
+	switch {
+	case peer != nil:
+		return peer.answer
+	case errors.As(err, &failed):
+		return failed.trip.answer
+	}
+	return nil
+}
+
 // dialer opens sessions with the relay at base. It is used by one goroutine.
 type dialer struct {
 	base *url.URL

@@ -6,6 +6,7 @@ import (
 	"crypto/rand"
 	"encoding/binary"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -250,6 +251,13 @@ func (c *wsPeer) alive() bool {
 	default:
 		return true
 	}
+}
+
+// wentAstray reports whether a phone was told 4404 while its claim is held: the failure
+// that a second relay behind one name causes.
+func wentAstray(err error, claim *wsPeer) bool {
+	var end *endError
+	return errors.As(err, &end) && end.code == int(endNeverSeen.code()) && claim.alive()
 }
 
 // echo makes a binary's session send every frame back to the phone it is from,
