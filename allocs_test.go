@@ -29,15 +29,15 @@ func TestAllocationsPerFrame(t *testing.T) {
 				const runs = 200
 				got := testing.AllocsPerRun(runs, func() {
 					copy(read, c.frame) // which the relay unmasks in place
-					c.from.heard(bt)
+					c.from.markAlive(bt)
 					if whole {
-						c.from.feed(bt, read)
+						c.from.receive(bt, read)
 					} else { // the rest of it comes with a later read, as the epoll loop gets it
 						half := len(read) / 2
-						c.from.feed(bt, read[:half])
+						c.from.receive(bt, read[:half])
 						k := copy(c.from.want(), read[half:])
 						c.from.filled(bt, k)
-						c.from.feed(bt, read[half+k:])
+						c.from.receive(bt, read[half+k:])
 					}
 					bt.flush()
 				})

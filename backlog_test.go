@@ -128,7 +128,7 @@ func TestQueueLimits(t *testing.T) {
 					if op != opPong || err != nil {
 						t.Fatalf("the binary got opcode %d %.200q, %v; want a pong", op, p, err)
 					}
-					most = max(most, r.memory.budget.used())
+					most = max(most, r.buffers.budget.used())
 				}
 				// Close frames and notices are let through beyond it.
 				if most > limit+64<<10 {
@@ -258,13 +258,13 @@ func TestSlowBinary(t *testing.T) {
 				}
 			})
 		}
-		server := r.registry.members(legBinary)[0]
+		server := r.registry.members(roleBinary)[0]
 		r.settle("every phone waits for the binary", func() bool {
 			server.mu.Lock()
 			defer server.mu.Unlock()
 			return len(server.waiters) == phones
 		})
-		if n := r.memory.budget.used(); n > 4*pauseAt {
+		if n := r.buffers.budget.used(); n > 4*pauseAt {
 			t.Errorf("%d bytes are kept for a slow binary", n)
 		}
 		for range phones * frames {
@@ -277,7 +277,7 @@ func TestSlowBinary(t *testing.T) {
 			ids[id]++
 		}
 		senders.Wait()
-		r.settle("nothing is kept", func() bool { return r.memory.budget.used() == 0 })
+		r.settle("nothing is kept", func() bool { return r.buffers.budget.used() == 0 })
 	})
 }
 
@@ -290,9 +290,9 @@ func TestBacklogThatTurnsOutToWait(t *testing.T) {
 			t.Parallel()
 			r := startRelay(t, testOptions())
 			b, bs, ph, ps, bt := memPair(t, r.relay)
-			budget := r.memory.budget
+			budget := r.buffers.budget
 			held := int(budget.limit - budget.limit/8)
-			budget.take(held, useBacklog)
+			budget.take(held, priorityBacklog)
 			defer budget.give(held)
 			ps.full, ps.room = true, 10
 			b.message(bt, opText, []byte(`{"conn_id":"phone-1","frame":`+numbered(0, size)+`}`))
@@ -303,7 +303,7 @@ func TestBacklogThatTurnsOutToWait(t *testing.T) {
 			if got := bs.frames(t); len(got) != 1 || got[0].payload != `{"conn_id":"phone-1","close_code":1011}` {
 				t.Errorf("the binary got %q", got)
 			}
-			if n := budget.used() - int64(held); n > int64(blockSizes[0]) { // a close frame that leads nowhere
+			if n := budget.used() - int64(held); n > int64(bufferSizes[0]) { // a close frame that leads nowhere
 				t.Errorf("%d bytes wait", n)
 			}
 		})
@@ -316,9 +316,9 @@ func TestBacklogOfPhonesSparesBinaries(t *testing.T) {
 	t.Parallel()
 	r := startRelay(t, testOptions())
 	_, bs, ph, _, bt := memPair(t, r.relay)
-	budget := r.memory.budget
+	budget := r.buffers.budget
 	held := 0
-	for budget.take(1<<10, usePassing) {
+	for budget.take(1<<10, priorityPassing) {
 		held += 1 << 10
 	}
 	defer budget.give(held)
@@ -348,7 +348,7 @@ func TestBacklogOfManySlowPhones(t *testing.T) {
 	r := startRelayOn(t, o, tightListener{ln, &tight})
 	healthy, reader, id := r.pair("healthy")
 	tight.Store(true)
-	over := func() int64 { return r.metrics.closes[legPhone][endMemoryLimit].Load() }
+	over := func() int64 { return r.metrics.closes[rolePhone][endMemoryLimit].Load() }
 	stop := make(chan struct{})
 	var slow sync.WaitGroup
 	for i := range binaries {
@@ -359,7 +359,7 @@ func TestBacklogOfManySlowPhones(t *testing.T) {
 	frame := numbered(0, 100<<10)
 	for end := time.Now().Add(patience); over() < enough; {
 		if time.Now().After(end) {
-			t.Fatalf("%d slow phones were closed, and %d bytes are kept of %d", over(), r.memory.budget.used(), o.queueTotal)
+			t.Fatalf("%d slow phones were closed, and %d bytes are kept of %d", over(), r.buffers.budget.used(), o.queueTotal)
 		}
 		healthy.raw(plainFrame(id, frame))
 		if got := reader.message(); got != frame {
@@ -369,7 +369,7 @@ func TestBacklogOfManySlowPhones(t *testing.T) {
 	close(stop)
 	slow.Wait()
 	for reason := range closeReasonCount {
-		if n := r.metrics.closes[legBinary][reason].Load(); n > 0 {
+		if n := r.metrics.closes[roleBinary][reason].Load(); n > 0 {
 			t.Errorf("%d binaries ended with %q", n, reason)
 		}
 	}

@@ -47,7 +47,7 @@ func BenchmarkFrameRead(b *testing.B) {
 // that costs nothing.
 func BenchmarkFrameWrite(b *testing.B) {
 	r := startRelay(b, testOptions())
-	_, _, ph, ps, t := memPair(b, r.relay)
+	_, _, ph, ps, w := memPair(b, r.relay)
 	ps.discard = true
 	for _, n := range costSizes {
 		p := make([]byte, n)
@@ -56,9 +56,9 @@ func BenchmarkFrameWrite(b *testing.B) {
 			b.ReportAllocs()
 			for b.Loop() {
 				ph.mu.Lock()
-				ph.push(t, 0, nil, p, nil)
+				ph.push(w, 0, nil, p, nil)
 				ph.mu.Unlock()
-				t.flush()
+				w.flush()
 			}
 		})
 	}
@@ -68,7 +68,7 @@ func BenchmarkFrameWrite(b *testing.B) {
 // bytes of one socket to those of another, with what is checked in between.
 func BenchmarkFrameForward(b *testing.B) {
 	r := startRelay(b, testOptions())
-	bin, bs, ph, ps, t := memPair(b, r.relay)
+	bin, bs, ph, ps, w := memPair(b, r.relay)
 	bs.discard, ps.discard = true, true
 	for _, n := range costSizes {
 		up, down := costMessages(n, ph.id)
@@ -83,8 +83,8 @@ func BenchmarkFrameForward(b *testing.B) {
 				b.ReportAllocs()
 				for b.Loop() {
 					copy(read, c.frame)
-					c.from.feed(t, read)
-					t.flush()
+					c.from.receive(w, read)
+					w.flush()
 				}
 			})
 		}
@@ -200,7 +200,7 @@ func benchRegistry(b *testing.B, n int) {
 	o.maxPhones = 1000
 	r := startRelay(b, o)
 	r.log = slog.New(slog.DiscardHandler) // the line of a claim costs more than the claim
-	t := r.batch()
+	w := r.newBatch()
 	ids := make([]string, n)
 	phones := make([]*phoneLeg, n)
 	var all []*conn
@@ -215,9 +215,9 @@ func benchRegistry(b *testing.B, n int) {
 	}
 	b.Cleanup(func() {
 		for _, c := range all {
-			c.release(t)
+			c.release(w)
 		}
-		t.flush()
+		w.flush()
 	})
 	var worker atomic.Int64
 	busy := min(n, 1000)
@@ -227,16 +227,16 @@ func benchRegistry(b *testing.B, n int) {
 		b.ReportAllocs()
 		b.RunParallel(func(pb *testing.PB) {
 			id := "worker-" + strconv.FormatInt(worker.Add(1), 10)
-			t := r.batch()
+			w := r.newBatch()
 			for pb.Next() {
 				leg := &binaryLeg{id: "worker"}
 				leg.init(r.relay, leg, memAddr)
 				leg.sock = &memSocket{discard: true}
-				if r.registry.claim(leg, id, false); leg.waits.Load() != 0 {
+				if r.registry.claim(leg, id, false); leg.contendsSince.Load() != 0 {
 					b.Error("somebody else holds the id")
 					return
 				}
-				r.registry.release(t, leg)
+				r.registry.release(w, leg)
 			}
 		})
 	})
@@ -248,14 +248,14 @@ func benchRegistry(b *testing.B, n int) {
 			ph := &phoneLeg{id: "worker-" + strconv.Itoa(me)}
 			ph.init(r.relay, ph, memAddr)
 			ph.sock = &memSocket{discard: true}
-			t := r.batch()
+			w := r.newBatch()
 			for i := me * 7919; pb.Next(); i += 7919 {
 				if refused, text := r.registry.join(ph, ids[i%busy]); refused != endNone {
 					b.Errorf("join: %s", text)
 					return
 				}
-				r.registry.leave(t, ph, 1000)
-				t.flush()
+				r.registry.leave(w, ph, 1000)
+				w.flush()
 			}
 		})
 	})
@@ -266,12 +266,12 @@ func benchRegistry(b *testing.B, n int) {
 			connID := []byte("standing")
 			for i := int(worker.Add(1)) * 7919; pb.Next(); i += 7919 {
 				ph := phones[i%busy]
-				e := ph.server
-				e.mu.Lock()
-				if e.phones[string(connID)] != ph {
+				srv := ph.server
+				srv.mu.Lock()
+				if srv.phones[string(connID)] != ph {
 					b.Error("another phone was found")
 				}
-				e.mu.Unlock()
+				srv.mu.Unlock()
 			}
 		})
 	})

@@ -88,7 +88,7 @@ func TestFrozenIncumbent(t *testing.T) {
 		// Its late end is nothing to its successor, nor is what it still says.
 		b.send(id, `"from the past"`)
 		b.nc.Close()
-		eventually(t, "the incumbent is gone", func() bool { return r.count(legBinary) == 1 })
+		eventually(t, "the incumbent is gone", func() bool { return r.count(roleBinary) == 1 })
 		r.sound()
 		if again := next.greet(newcomer); again != id {
 			t.Errorf("the phone is %s, was %s", again, id)
@@ -179,14 +179,14 @@ func TestTwoNewcomersTakeOver(t *testing.T) {
 // contender is the binary that claimed id last and does not hold it.
 func (r *testRelay) contender(id string) *binaryLeg {
 	r.t.Helper()
-	v, _ := r.registry.entries.Load(id)
-	e := v.(*entry)
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	if len(e.contenders) == 0 {
+	v, _ := r.registry.servers.Load(id)
+	srv := v.(*server)
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	if len(srv.contenders) == 0 {
 		r.t.Fatalf("nobody contends for %s", id)
 	}
-	return e.contenders[len(e.contenders)-1]
+	return srv.contenders[len(srv.contenders)-1]
 }
 
 // A daemon whose path is lost again and again, with a word or without, gets its
@@ -243,7 +243,7 @@ func TestSuccessorKeepsItsClaim(t *testing.T) {
 			successor := r.contender(id)
 			last := r.rival(id).heeds()
 			asks.nc.Close()
-			eventually(t, "the first is out of the race", func() bool { return r.count(legBinary) == i+3 })
+			eventually(t, "the first is out of the race", func() bool { return r.count(roleBinary) == i+3 })
 			a.nc.Close()
 			if got := <-last; got != "4409 server-id already claimed" {
 				t.Fatalf("the last in the line got %q", got)
@@ -251,7 +251,7 @@ func TestSuccessorKeepsItsClaim(t *testing.T) {
 			if r.holder(id) != successor || len(next) > 0 {
 				t.Fatal("the successor does not hold the id")
 			}
-			eventually(t, "the others are gone", func() bool { return r.count(legBinary) == i+1 })
+			eventually(t, "the others are gone", func() bool { return r.count(roleBinary) == i+1 })
 		}
 	})
 }
@@ -266,7 +266,7 @@ func TestNewcomerIsHeardWhileItWaits(t *testing.T) {
 		r.binary("id")
 		gone := func(what string) {
 			t.Helper()
-			r.settle(what, func() bool { return r.count(legBinary) == 1 })
+			r.settle(what, func() bool { return r.count(roleBinary) == 1 })
 		}
 		for name, end := range map[string]func(c *wsClient){
 			"FIN":   func(c *wsClient) { c.nc.Close() },
@@ -288,7 +288,7 @@ func TestNewcomerIsHeardWhileItWaits(t *testing.T) {
 			}
 			end(newcomer)
 			gone(name)
-			if n := r.memory.budget.used(); n != 0 {
+			if n := r.buffers.budget.used(); n != 0 {
 				t.Errorf("%s: %d bytes are held", name, n)
 			}
 		}
@@ -310,7 +310,7 @@ func TestLateEndOfAnOldConnection(t *testing.T) {
 		ph := r.phone("id")
 		id := ph.greet(b)
 		old.nc.Close()
-		r.settle("the old connection is gone", func() bool { return r.count(legBinary) == 1 })
+		r.settle("the old connection is gone", func() bool { return r.count(roleBinary) == 1 })
 		if again := ph.greet(b); again != id || r.metrics.binariesInGrace.Load() != 0 {
 			t.Errorf("the phone is %s, was %s; %d binaries in grace", again, id, r.metrics.binariesInGrace.Load())
 		}

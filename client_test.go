@@ -156,14 +156,14 @@ func (r *testRelay) binary(id string) *wsClient {
 
 // holder is the binary that holds id, if any.
 func (r *testRelay) holder(id string) *binaryLeg {
-	v, ok := r.registry.entries.Load(id)
+	v, ok := r.registry.servers.Load(id)
 	if !ok {
 		return nil
 	}
-	e := v.(*entry)
-	e.mu.Lock()
-	defer e.mu.Unlock()
-	return e.binary
+	srv := v.(*server)
+	srv.mu.Lock()
+	defer srv.mu.Unlock()
+	return srv.binary
 }
 
 // phone connects as a phone of id.

@@ -54,18 +54,18 @@ type socket interface {
 }
 
 // peer is the owner of a connection: a phone or a binary.
-type peer interface {
+type handler interface {
 	// message takes a complete message. p is valid during the call only, and
 	// may be changed. Called by the reader.
-	message(t *batch, op byte, p []byte)
+	message(w *writeBatch, op byte, p []byte)
 	// ended is called once, when the end is decided and before the connection
 	// has taken leave of its peer.
-	ended(t *batch, reason closeReason, code uint16)
+	ended(w *writeBatch, reason closeReason, code uint16)
 	// challenged is called while conn.asked is set: by the reader when the peer
 	// was heard, and by the sweeper.
-	challenged(t *batch, heard bool)
+	challenged(w *writeBatch, heard bool)
 	// closed is called once, when the socket is gone. Called by the reader.
-	closed(t *batch)
+	closed(w *writeBatch)
 }
 
 // connState only ever grows.
@@ -81,57 +81,57 @@ const (
 type conn struct {
 	// Set before the reader starts.
 	relay   *relay
-	owner   peer
+	owner   handler
 	sock    socket
 	addr    netip.Addr // of the client, behind proxies too
 	opened  int64      // relay clock
 	proxied bool       // the TCP connection is one of -trusted-proxies
-	passing use        // what its bytes count as while they do not wait: usePassing, useBinary
+	passing priority   // what its bytes count as while they do not wait: usePassing, useBinary
 
-	state atomic.Uint32 // connState; written under mu
-	reads atomic.Uint32 // times bytes were heard; written by the reader
-	since atomic.Int64  // relay clock at the first byte of an unfinished message, 0 if none; written by the reader
-	asked atomic.Int64  // relay clock of the first challenge that is not answered, 0 if none; written under the entry's mu
-	waits atomic.Int64  // relay clock since which its claim waits for a holder, 0 if it does not; written under the entry's mu
+	state         atomic.Uint32 // connState; written under mu
+	reads         atomic.Uint32 // times bytes were heard; written by the reader
+	messageStart  atomic.Int64  // relay clock at the first byte of an unfinished message, 0 if none; written by the reader
+	challengedAt  atomic.Int64  // relay clock of the first challenge that is not answered, 0 if none; written under the entry's mu
+	contendsSince atomic.Int64  // relay clock since which its claim waits for a holder, 0 if it does not; written under the entry's mu
 
 	// Owned by the reader.
-	in       *block // an unfinished frame
-	msg      *block // an unfinished fragmented message
-	rest     *block // read, and not looked at because of a pause
-	msgOp    byte
-	paused   bool // the owner wants no more messages before resume
-	deaf     bool // the stream broke a rule: nothing in it means anything any more
-	rxFrames uint32
-	rxBytes  uint64
+	partial     *buffer // an unfinished frame
+	msg         *buffer // an unfinished fragmented message
+	unparsed    *buffer // read, and not looked at because of a pause
+	msgOp       byte
+	paused      bool // the owner wants no more messages before resume
+	ignoreInput bool // the stream broke a rule: nothing in it means anything any more
+	rxFrames    uint32
+	rxBytes     uint64
 
 	// Guarded by mu.
-	mu        sync.Mutex
-	out       queue
-	pong      []byte // the latest that found no room
-	pongs     int    // bytes of pongs among those queued up to pongEnd
-	txFrames  uint32
-	txBytes   uint64 // payload
-	queued    uint64 // bytes ever queued
-	pongEnd   uint64 // value of queued behind the last pong
-	pingEnd   uint64 // and behind the last ping
-	blocked   int64  // relay clock since the socket takes nothing, 0 while it does
-	closeBy   int64  // relay clock at which the state's patience ends, 0 for none
-	pingAt    int64  // relay clock of the next ping
-	pingMark  uint32 // reads at the last ping
-	pinged    bool   // a ping is out
-	dirty     bool   // in a batch that will flush
-	suspended bool   // its reader is paused: silence means nothing
-	sentClose bool   // our close frame is out
-	answered  bool   // no answer to it is to come
-	broken    bool   // the socket failed or was given up
-	endReason closeReason
-	endCode   uint16
-	waiters   []*conn // phones paused until out has drained
+	mu            sync.Mutex
+	out           queue
+	pong          []byte // the latest that found no room
+	pongs         int    // bytes of pongs among those queued up to pongEnd
+	txFrames      uint32
+	txBytes       uint64 // payload
+	queued        uint64 // bytes ever queued
+	pongEnd       uint64 // value of queued behind the last pong
+	pingEnd       uint64 // and behind the last ping
+	blockedSince  int64  // relay clock since the socket takes nothing, 0 while it does
+	closeDeadline int64  // relay clock at which the state's patience ends, 0 for none
+	pingAt        int64  // relay clock of the next ping
+	pingMark      uint32 // reads at the last ping
+	pinged        bool   // a ping is out
+	dirty         bool   // in a batch that will flush
+	suspended     bool   // its reader is paused: silence means nothing
+	sentClose     bool   // our close frame is out
+	answered      bool   // no answer to it is to come
+	failed        bool   // the socket failed or was given up
+	endReason     closeReason
+	endCode       uint16
+	waiters       []*conn // phones paused until out has drained
 }
 
 // batch is what one reader gathers between two system calls: the peers it has
 // queued bytes for, and its counts. Owned by one goroutine.
-type batch struct {
+type writeBatch struct {
 	relay *relay
 	now   int64 // relay clock
 	dirty []*conn
@@ -144,28 +144,28 @@ type batch struct {
 }
 
 // flush writes what the batch has queued.
-func (t *batch) flush() {
-	for i := 0; i < len(t.dirty); i++ { // grows: what a flush ends may queue notices
-		c := t.dirty[i]
-		t.dirty[i] = nil
+func (w *writeBatch) flush() {
+	for i := 0; i < len(w.dirty); i++ { // grows: what a flush ends may queue notices
+		c := w.dirty[i]
+		w.dirty[i] = nil
 		c.mu.Lock()
 		c.dirty = false
-		fits := c.flushNew(t)
+		fits := c.flushNew(w)
 		woken := c.drained()
 		c.mu.Unlock()
 		wake(woken)
 		if !fits {
-			c.end(t, endMemoryLimit)
+			c.end(w, endMemoryLimit)
 		}
 	}
-	t.dirty = t.dirty[:0]
-	if t.upFrames+t.downFrames > 0 {
-		m := t.relay.metrics
-		m.framesUp.Add(t.upFrames)
-		m.bytesUp.Add(t.upBytes)
-		m.framesDown.Add(t.downFrames)
-		m.bytesDown.Add(t.downBytes)
-		t.upFrames, t.upBytes, t.downFrames, t.downBytes = 0, 0, 0, 0
+	w.dirty = w.dirty[:0]
+	if w.upFrames+w.downFrames > 0 {
+		m := w.relay.metrics
+		m.framesUp.Add(w.upFrames)
+		m.bytesUp.Add(w.upBytes)
+		m.framesDown.Add(w.downFrames)
+		m.bytesDown.Add(w.downBytes)
+		w.upFrames, w.upBytes, w.downFrames, w.downBytes = 0, 0, 0, 0
 	}
 }
 
@@ -175,13 +175,13 @@ func wake(cs []*conn) {
 	}
 }
 
-func (c *conn) init(r *relay, owner peer, addr netip.Addr) {
+func (c *conn) init(r *relay, owner handler, addr netip.Addr) {
 	c.relay, c.owner, c.addr = r, owner, addr
 	c.opened = r.now()
 	c.endReason = endNone
-	c.passing = usePassing
+	c.passing = priorityPassing
 	if _, ok := owner.(*binaryLeg); ok {
-		c.passing = useBinary
+		c.passing = priorityBinary
 	}
 	// Connections that come in a wave, as after a restart, are not pinged in one.
 	c.pingAt = c.opened + int64(r.o.ping)/2 + r.jitter(int64(r.o.ping)/2)
@@ -201,8 +201,8 @@ func (c *conn) pause() {
 // unpause undoes pause. Called by the reader.
 func (c *conn) unpause(now int64) {
 	c.paused = false
-	if c.since.Load() != 0 {
-		c.since.Store(now)
+	if c.messageStart.Load() != 0 {
+		c.messageStart.Store(now)
 	}
 	c.mu.Lock()
 	c.suspended = false
@@ -222,7 +222,7 @@ func (c *conn) setEnd(s connState, reason closeReason, code uint16) {
 
 // finish decides the connection's end, unless it is decided already: a close
 // frame goes out behind everything queued. The text is the frame's reason.
-func (c *conn) finish(t *batch, reason closeReason, code uint16, text string) {
+func (c *conn) finish(w *writeBatch, reason closeReason, code uint16, text string) {
 	c.mu.Lock()
 	if !c.is(connOpen) {
 		c.mu.Unlock()
@@ -240,26 +240,26 @@ func (c *conn) finish(t *batch, reason closeReason, code uint16, text string) {
 		wire = 0
 	}
 	f := appendCloseFrame(b[:0], wire, text)
-	c.enqueue(useAlways, f, nil, nil)
+	c.enqueue(priorityAlways, f, nil, nil)
 	c.pong = nil
 	// A peer that takes nothing has until then to take the close frame.
 	wait := c.relay.o.writeTimeout
 	if reason == endWriteTimeout || reason == endHeartbeat {
 		wait = c.relay.o.closeTimeout
 	}
-	c.closeAfter(t.now, wait)
-	t.addLocked(c)
+	c.closeAfter(w.now, wait)
+	w.addLocked(c)
 	paused := c.suspended
 	c.mu.Unlock()
 	if paused {
 		c.sock.resume() // to hear the answer
 	}
-	c.owner.ended(t, reason, code)
+	c.owner.ended(w, reason, code)
 }
 
 // end is finish with the reason's own code and words.
-func (c *conn) end(t *batch, reason closeReason) {
-	c.finish(t, reason, reason.code(), reason.String())
+func (c *conn) end(w *writeBatch, reason closeReason) {
+	c.finish(w, reason, reason.code(), reason.String())
 }
 
 // abort gives up on the peer: nothing more is sent.
@@ -274,51 +274,51 @@ func (c *conn) abort() {
 
 // tick looks at the connection's timeouts. Called by the sweeper, a few times
 // within the shortest of them.
-func (c *conn) tick(t *batch) {
+func (c *conn) checkTimeouts(w *writeBatch) {
 	o := &c.relay.o
 	reason := endNone
 	c.mu.Lock()
 	switch {
-	case c.is(connClosed) || c.broken:
+	case c.is(connClosed) || c.failed:
 	case !c.is(connOpen):
-		if c.closeBy != 0 && t.now >= c.closeBy {
+		if c.closeDeadline != 0 && w.now >= c.closeDeadline {
 			c.cut()
 		}
-	case c.blocked != 0 && t.now-c.blocked >= int64(o.writeTimeout):
-		if c.stuck(t) {
+	case c.blockedSince != 0 && w.now-c.blockedSince >= int64(o.writeTimeout):
+		if c.stuck(w) {
 			reason = endWriteTimeout
 		}
-	case t.now-c.since.Load() >= int64(o.messageTimeout) && c.since.Load() != 0 && !c.suspended:
+	case w.now-c.messageStart.Load() >= int64(o.messageTimeout) && c.messageStart.Load() != 0 && !c.suspended:
 		reason = endMessageTimeout
-	case t.now >= c.pingAt:
+	case w.now >= c.pingAt:
 		switch silent := c.pinged && c.reads.Load() == c.pingMark && !c.suspended; {
 		case silent && c.isOut(c.pingEnd):
 			reason = endHeartbeat
 		case silent: // how could it answer: the ping waits behind a backlog
-			c.pingAt = t.now + int64(o.ping)
+			c.pingAt = w.now + int64(o.ping)
 		default:
-			c.ping(t)
+			c.ping(w)
 		}
 	}
 	c.mu.Unlock()
 	if reason != endNone {
-		c.end(t, reason)
-	} else if c.asked.Load() != 0 {
-		c.owner.challenged(t, false)
+		c.end(w, reason)
+	} else if c.challengedAt.Load() != 0 {
+		c.owner.challenged(w, false)
 	}
 }
 
 // ping asks the peer for a sign of life, mu held. Whoever asks, the peer has a
 // whole interval to give one; asking once more does not make it longer.
-func (c *conn) ping(t *batch) {
+func (c *conn) ping(w *writeBatch) {
 	if !c.is(connOpen) {
 		return
 	}
 	c.queueControl(opPing, nil)
 	if !c.pinged || c.reads.Load() != c.pingMark || c.suspended {
 		c.pinged, c.pingMark = true, c.reads.Load()
-		c.pingAt = t.now + int64(c.relay.o.ping)
+		c.pingAt = w.now + int64(c.relay.o.ping)
 		c.pingEnd = c.queued
 	}
-	t.addLocked(c)
+	w.addLocked(c)
 }

@@ -68,15 +68,15 @@ func TestFrameRulesAreEnforced(t *testing.T) {
 	for _, code := range []uint16{0, 1, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65535} {
 		tests = append(tests, violation{fmt.Sprintf("close code %d", code), clientFrame(last, opClose, closePayload(code, "")), 1002, "bad close frame"})
 	}
-	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, l leg) {
+	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, role role) {
 		for _, tt := range tests {
-			ln := r.lane(l)
+			ln := r.lane(role)
 			// Nothing behind a violation means anything any more.
 			ln.from.raw(cat(tt.raw, clientFrame(last, opText, ln.message(`"behind"`))))
 			if code, reason := ln.from.ended(); code != tt.code || reason != tt.reason {
 				t.Errorf("%s: closed %d %q, want %d %q", tt.name, code, reason, tt.code, tt.reason)
 			}
-			if l == legPhone {
+			if role == rolePhone {
 				ln.to.wantNotice(ln.connID, tt.code)
 				continue
 			}
@@ -109,9 +109,9 @@ func TestProxyClosed(t *testing.T) {
 		{"reserved bit", testOptions(), []byte{0xc8, 0}, "reserved bit set"},
 		{"close of nobody that is trusted", strange, closing, "unmasked frame"},
 	} {
-		onLegs(t, tt.o, func(t *testing.T, r *testRelay, l leg) {
+		onLegs(t, tt.o, func(t *testing.T, r *testRelay, role role) {
 			for _, piece := range []int{len(tt.raw), 1} {
-				ln := r.lane(l)
+				ln := r.lane(role)
 				for raw := range slices.Chunk(tt.raw, piece) {
 					ln.from.raw(raw)
 				}
@@ -119,7 +119,7 @@ func TestProxyClosed(t *testing.T) {
 					t.Errorf("%s in pieces of %d: closed %d %q, want 1002 %q", tt.name, piece, code, reason, tt.reason)
 				}
 			}
-			r.settle("the end of them", func() bool { return r.count(l) == 0 })
+			r.settle("the end of them", func() bool { return r.count(role) == 0 })
 			if want := `reason="` + tt.reason + `"`; !strings.Contains(r.logs.String(), want) {
 				t.Errorf("%s: the log lacks %s", tt.name, want)
 			}
@@ -141,8 +141,8 @@ func TestMessagesAreAssembled(t *testing.T) {
 		{"16 bit lengths", []string{`"` + strings.Repeat("a", 200), strings.Repeat("b", 65535), `"`}},
 		{"64 bit lengths", []string{`"` + strings.Repeat("a", 65536), strings.Repeat("b", 65536) + `"`}},
 	}
-	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, l leg) {
-		ln := r.lane(l)
+	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, role role) {
+		ln := r.lane(role)
 		for _, first := range []byte{opText, opBinary} {
 			for _, tt := range tests {
 				parts := slices.Clone(tt.fragments)
@@ -179,8 +179,8 @@ func (c *wsClient) wantPong(payload []byte) {
 
 func TestPingsAreAnswered(t *testing.T) {
 	t.Parallel()
-	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, l leg) {
-		ln := r.lane(l)
+	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, role role) {
+		ln := r.lane(role)
 		for n := range maxControl + 1 {
 			payload := bytes.Repeat([]byte{byte(n)}, n)
 			ln.from.frame(opPing, payload)
@@ -197,8 +197,8 @@ func TestPingsAreAnswered(t *testing.T) {
 func TestLargestMessage(t *testing.T) {
 	t.Parallel()
 	const limit = 262144
-	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, l leg) {
-		ln := r.lane(l)
+	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, role role) {
+		ln := r.lane(role)
 		payload := `"` + strings.Repeat("a", limit-len(ln.head)-len(ln.tail)-2) + `"`
 		m := ln.message(payload)
 		if len(m) != limit {
@@ -221,12 +221,12 @@ func TestLargestMessage(t *testing.T) {
 			"a header alone":   header64(0x81, limit+1),
 			"a last byte more": cat(clientFrame(more, opText, m), []byte{0x80, 0x81, 0, 0, 0, 0}),
 		} {
-			ln := r.lane(l)
+			ln := r.lane(role)
 			ln.from.raw(raw)
 			if code, reason := ln.from.ended(); code != 1009 || reason != "message too big" {
 				t.Errorf("%s: closed %d %q, want 1009", name, code, reason)
 			}
-			if l == legPhone {
+			if role == rolePhone {
 				ln.to.wantNotice(ln.connID, 1009)
 			}
 		}
@@ -235,11 +235,11 @@ func TestLargestMessage(t *testing.T) {
 
 func TestAnnouncedBytesAreNotAllocated(t *testing.T) {
 	t.Parallel()
-	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, l leg) {
-		ln := r.lane(l)
+	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, role role) {
+		ln := r.lane(role)
 		ln.from.raw(append(header64(0x81, 262144), make([]byte, 100)...))
-		r.settle("the beginning of the message is kept", func() bool { return r.memory.budget.used() > 0 })
-		if n := r.memory.budget.used(); n > 8<<10 {
+		r.settle("the beginning of the message is kept", func() bool { return r.buffers.budget.used() > 0 })
+		if n := r.buffers.budget.used(); n > 8<<10 {
 			t.Errorf("100 bytes of 262,144 announced take %d", n)
 		}
 	})
@@ -254,8 +254,8 @@ func TestDribbledBytes(t *testing.T) {
 			clientFrame(more, opText, m[:150]), clientFrame(last, opPing, []byte("q")), clientFrame(more, opContinuation, nil),
 			clientFrame(last, opContinuation, m[150:]))
 	}
-	scenario := func(t *testing.T, r *testRelay, l leg) {
-		ln := r.lane(l)
+	scenario := func(t *testing.T, r *testRelay, role role) {
+		ln := r.lane(role)
 		for _, x := range stream(ln) {
 			ln.from.raw([]byte{x})
 		}
@@ -266,13 +266,13 @@ func TestDribbledBytes(t *testing.T) {
 		ln.from.wantPong([]byte("q"))
 	}
 	onLegs(t, o, scenario)
-	for _, l := range []leg{legPhone, legBinary} {
+	for _, role := range []role{rolePhone, roleBinary} {
 		// Over a pipe no two bytes arrive in one read.
-		t.Run(l.String()+"/pipe", func(t *testing.T) {
+		t.Run(role.String()+"/pipe", func(t *testing.T) {
 			t.Parallel()
 			onFakeClock(t, o, func(t *testing.T, r *testRelay) {
-				scenario(t, r, l)
-				ln := r.lane(l)
+				scenario(t, r, role)
+				ln := r.lane(role)
 				payload := `"` + strings.Repeat("b", 70000) + `"`
 				raw := clientFrame(last, opText, ln.message(payload))
 				for _, x := range raw[:400] {
@@ -290,7 +290,7 @@ func TestDribbledBytes(t *testing.T) {
 
 func TestPeersCloseIsAnswered(t *testing.T) {
 	t.Parallel()
-	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, l leg) {
+	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, role role) {
 		for _, payload := range [][]byte{
 			nil,
 			closePayload(1000, ""),
@@ -298,7 +298,7 @@ func TestPeersCloseIsAnswered(t *testing.T) {
 			closePayload(1003, ""), closePayload(1007, ""), closePayload(1011, ""), closePayload(1014, ""), closePayload(3000, ""), closePayload(4999, ""),
 			closePayload(4000, strings.Repeat("r", maxCloseReason)),
 		} {
-			ln := r.lane(l)
+			ln := r.lane(role)
 			ln.from.frame(opClose, payload)
 			op, p, err := ln.from.next()
 			if want := payload[:min(2, len(payload))]; op != opClose || !bytes.Equal(p, want) || err != nil {
@@ -307,7 +307,7 @@ func TestPeersCloseIsAnswered(t *testing.T) {
 			if _, p, err := ln.from.next(); err == nil {
 				t.Errorf("%q after the close handshake", p)
 			}
-			if l == legPhone {
+			if role == rolePhone {
 				code := noCloseCode
 				if len(payload) > 0 {
 					code = int(binary.BigEndian.Uint16(payload))
@@ -323,9 +323,9 @@ func TestPeersCloseIsAnswered(t *testing.T) {
 func TestFramesBeforeAHalfClose(t *testing.T) {
 	t.Parallel()
 	const n = 1000
-	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, l leg) {
+	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, role role) {
 		for _, bye := range [][]byte{nil, clientFrame(last, opClose, closePayload(1000, ""))} {
-			ln := r.lane(l)
+			ln := r.lane(role)
 			var raw []byte
 			for i := range n {
 				raw = append(raw, clientFrame(last, opText, ln.message(fmt.Sprint(i)))...)
@@ -339,7 +339,7 @@ func TestFramesBeforeAHalfClose(t *testing.T) {
 			if bye != nil {
 				want = 1000
 			}
-			if l == legPhone {
+			if role == rolePhone {
 				ln.to.wantNotice(ln.connID, want)
 			}
 			ln.from.wantEnd(want, "")

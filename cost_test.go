@@ -130,7 +130,7 @@ func TestFramesOfOneReadShareWrites(t *testing.T) {
 	}{{&ph.conn, bs, up}, {&b.conn, ps, down}} {
 		for _, count := range []int{1, 2, 100, 400} {
 			before := *c.to
-			c.from.feed(bt, bytes.Repeat(c.frame, count))
+			c.from.receive(bt, bytes.Repeat(c.frame, count))
 			bt.flush()
 			most := 1 + (c.to.bytes-before.bytes)/flushAt
 			if n := c.to.writes - before.writes; n > most {
@@ -152,11 +152,11 @@ func TestIdleConnectionsHoldNoBuffers(t *testing.T) {
 	idle := func(what string) {
 		t.Helper()
 		for _, c := range []*conn{&b.conn, &ph.conn} {
-			if c.in != nil || c.msg != nil || c.rest != nil || c.out != (queue{}) || c.pong != nil || c.since.Load() != 0 {
-				t.Errorf("after %s a connection holds in %v, msg %v, rest %v, out %v, pong %d bytes", what, c.in, c.msg, c.rest, c.out, len(c.pong))
+			if c.partial != nil || c.msg != nil || c.unparsed != nil || c.out != (queue{}) || c.pong != nil || c.messageStart.Load() != 0 {
+				t.Errorf("after %s a connection holds in %v, msg %v, rest %v, out %v, pong %d bytes", what, c.partial, c.msg, c.unparsed, c.out, len(c.pong))
 			}
 		}
-		if n := r.memory.budget.used(); n != 0 {
+		if n := r.buffers.budget.used(); n != 0 {
 			t.Errorf("after %s %d bytes are charged", what, n)
 		}
 		if cap(bt.dirty) > 16 {
@@ -169,18 +169,18 @@ func TestIdleConnectionsHoldNoBuffers(t *testing.T) {
 			from  *conn
 			frame []byte
 		}{{&ph.conn, up}, {&b.conn, down}} {
-			c.from.feed(bt, slices.Clone(c.frame))
+			c.from.receive(bt, slices.Clone(c.frame))
 			bt.flush()
 			idle(strconv.Itoa(n) + " bytes in one piece")
 			for _, piece := range [][]byte{c.frame[:1], c.frame[1:5], c.frame[5:100], c.frame[100:]} {
-				c.from.feed(bt, slices.Clone(piece))
+				c.from.receive(bt, slices.Clone(piece))
 			}
 			bt.flush()
 			idle(strconv.Itoa(n) + " bytes in pieces")
 		}
 		bs.full, ps.full = true, true
-		ph.feed(bt, slices.Clone(up))
-		b.feed(bt, slices.Clone(down))
+		ph.receive(bt, slices.Clone(up))
+		b.receive(bt, slices.Clone(down))
 		bt.flush()
 		if b.out.n == 0 || ph.out.n == 0 {
 			t.Error("nothing waits for a socket that takes nothing")
@@ -191,7 +191,7 @@ func TestIdleConnectionsHoldNoBuffers(t *testing.T) {
 		idle(strconv.Itoa(n) + " bytes that had to wait")
 	}
 	for _, part := range [][]byte{clientFrame(0, opText, []byte(`"a`)), clientFrame(0x80, opPing, []byte("!")), clientFrame(0x80, opContinuation, []byte(`b"`))} {
-		ph.feed(bt, part)
+		ph.receive(bt, part)
 	}
 	bt.flush()
 	idle("fragments and a ping")

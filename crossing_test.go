@@ -30,10 +30,10 @@ func (s *idleSocket) resume()      { s.resumed++ }
 // idlePeer notes how its connection ended.
 type idlePeer struct{ reason closeReason }
 
-func (p *idlePeer) message(*batch, byte, []byte)            {}
-func (p *idlePeer) ended(_ *batch, r closeReason, _ uint16) { p.reason = r }
-func (p *idlePeer) challenged(*batch, bool)                 {}
-func (p *idlePeer) closed(*batch)                           {}
+func (p *idlePeer) message(*writeBatch, byte, []byte)            {}
+func (p *idlePeer) ended(_ *writeBatch, r closeReason, _ uint16) { p.reason = r }
+func (p *idlePeer) challenged(*writeBatch, bool)                 {}
+func (p *idlePeer) closed(*writeBatch)                           {}
 
 // bareConn is a connection of which a test is the reader and the poller.
 func bareConn(t *testing.T, o options) (*conn, *idleSocket, *idlePeer) {
@@ -46,7 +46,7 @@ func bareConn(t *testing.T, o options) (*conn, *idleSocket, *idlePeer) {
 func TestPauseAfterEnd(t *testing.T) {
 	t.Parallel()
 	c, _, p := bareConn(t, testOptions())
-	b := c.relay.batch()
+	b := c.relay.newBatch()
 	// Grace runs out, say, while the reader is about to pause.
 	c.end(b, endGraceExpired)
 	c.pause()
@@ -74,19 +74,19 @@ func TestAbortFindsPausedReader(t *testing.T) {
 func TestChallengeBeforeHeartbeat(t *testing.T) {
 	t.Parallel()
 	c, _, p := bareConn(t, testOptions())
-	b := c.relay.batch()
+	b := c.relay.newBatch()
 	b.now = c.pingAt - 1
 	c.mu.Lock()
 	c.ping(b)
 	c.mu.Unlock()
 	b.flush()
 	b.now++
-	c.tick(b)
+	c.checkTimeouts(b)
 	if p.reason != endNone {
 		t.Errorf("ended with %q one nanosecond after a ping", p.reason)
 	}
 	b.now += int64(c.relay.o.ping)
-	c.tick(b)
+	c.checkTimeouts(b)
 	b.flush()
 	if p.reason != endHeartbeat {
 		t.Errorf("a whole interval after the ping: ended with %q, want %q", p.reason, endHeartbeat)
@@ -97,7 +97,7 @@ func TestChallengeBeforeHeartbeat(t *testing.T) {
 func TestChallengeAfterEnd(t *testing.T) {
 	t.Parallel()
 	c, _, _ := bareConn(t, testOptions())
-	b := c.relay.batch()
+	b := c.relay.newBatch()
 	c.end(b, endHeartbeat)
 	b.flush()
 	c.mu.Lock()
@@ -153,18 +153,18 @@ func TestMessageOfRemovedPhone(t *testing.T) {
 	r := startRelay(t, testOptions())
 	b, ph, connID := r.pair("id")
 	sibling := r.phone("id")
-	e := r.holder("id").server
-	e.mu.Lock()
-	leg := e.phones[connID]
-	r.registry.remove(e, leg)
-	e.mu.Unlock()
+	srv := r.holder("id").server
+	srv.mu.Lock()
+	leg := srv.phones[connID]
+	r.registry.remove(srv, leg)
+	srv.mu.Unlock()
 	ph.text(`"stray"`)
 	ph.frame(opPing, nil)
 	if op, _, err := ph.next(); op != opPong || err != nil {
 		t.Fatalf("got opcode %d, %v; want a pong", op, err)
 	}
 	sibling.greet(b) // and nothing before that
-	batch := r.batch()
+	batch := r.newBatch()
 	leg.end(batch, endReplaced)
 	batch.flush()
 	ph.wantEnd(4404, "binary replaced")
@@ -182,7 +182,7 @@ func TestGraceExpiresOverHeldFrames(t *testing.T) {
 	ph := r.phone("id")
 	ph.text(`"held"`)
 	ph.wantEnd(4404, "grace expired")
-	r.settle("nobody is left", func() bool { return r.count(legPhone)+r.count(legBinary) == 0 })
+	r.settle("nobody is left", func() bool { return r.count(rolePhone)+r.count(roleBinary) == 0 })
 }
 
 // A peer that ends its direction right behind its close frame still reads.

@@ -9,25 +9,25 @@ import (
 // ---- coming and going ----
 
 // enter counts an upgrade in, unless the relay is draining.
-func (r *relay) enter(l leg) bool {
+func (r *relay) enter(role role) bool {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if r.draining {
 		return false
 	}
-	r.live[l]++
+	r.live[role]++
 	return true
 }
 
 // leave undoes gates.
-func (r *relay) leave(l leg) {
+func (r *relay) leave(role role) {
 	r.limits.releaseConn()
-	r.gone(l)
+	r.gone(role)
 }
 
-func (r *relay) gone(l leg) {
+func (r *relay) gone(role role) {
 	r.mu.Lock()
-	r.live[l]--
+	r.live[role]--
 	wake := r.draining
 	r.mu.Unlock()
 	if wake {
@@ -44,10 +44,10 @@ func (r *relay) isDraining() bool {
 	return r.draining
 }
 
-func (r *relay) count(l leg) int {
+func (r *relay) count(role role) int {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return r.live[l]
+	return r.live[role]
 }
 
 // beginDrain refuses whatever is new from now on.
@@ -69,17 +69,17 @@ func (r *relay) drain(ctx context.Context) {
 		half, cancel = context.WithTimeout(ctx, time.Until(end)/2)
 		defer cancel()
 	}
-	goodbye := func(l leg) {
-		t := r.batch()
-		for _, c := range r.registry.members(l) {
-			c.end(t, endShutdown)
+	goodbye := func(role role) {
+		w := r.newBatch()
+		for _, c := range r.registry.members(role) {
+			c.end(w, endShutdown)
 		}
-		t.flush()
+		w.flush()
 	}
-	r.await(half, legPhone, func() { goodbye(legPhone) })
-	r.await(ctx, legBinary, func() { goodbye(legPhone); goodbye(legBinary) })
-	for _, l := range [...]leg{legPhone, legBinary} {
-		r.await(context.Background(), l, func() {
+	r.await(half, rolePhone, func() { goodbye(rolePhone) })
+	r.await(ctx, roleBinary, func() { goodbye(rolePhone); goodbye(roleBinary) })
+	for _, role := range [...]role{rolePhone, roleBinary} {
+		r.await(context.Background(), role, func() {
 			if ctx.Err() == nil {
 				return // still in time: a phone's answer may be on its way
 			}
@@ -100,12 +100,12 @@ func (r *relay) drain(ctx context.Context) {
 
 // await calls nudge, and again a few times a second for those who were between
 // two rooms, until no connection of a leg is left or ctx ends.
-func (r *relay) await(ctx context.Context, l leg, nudge func()) {
+func (r *relay) await(ctx context.Context, role role, nudge func()) {
 	again := time.NewTicker(50 * time.Millisecond)
 	defer again.Stop()
-	for r.count(l) > 0 && ctx.Err() == nil {
+	for r.count(role) > 0 && ctx.Err() == nil {
 		nudge()
-		for waiting := true; waiting && r.count(l) > 0; {
+		for waiting := true; waiting && r.count(role) > 0; {
 			select {
 			case <-r.left:
 			case <-again.C:
@@ -124,10 +124,10 @@ func (r *relay) check() error {
 		return err
 	}
 	r.mu.Lock()
-	live := r.live[legBinary] + r.live[legPhone]
+	live := r.live[roleBinary] + r.live[rolePhone]
 	r.mu.Unlock()
 	if live == 0 {
-		if n := r.memory.budget.used(); n != 0 {
+		if n := r.buffers.budget.used(); n != 0 {
 			return fmt.Errorf("no connection is left and %d bytes are queued", n)
 		}
 	}

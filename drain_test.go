@@ -53,12 +53,12 @@ func TestDrain(t *testing.T) {
 		if _, _, err := r.dial("/v2/client", phoneHeaders("id-0")); err == nil {
 			t.Error("somebody still listens")
 		}
-		for l := range legCount {
-			if n := r.count(l); n != 0 {
-				t.Errorf("%d connections of the %s leg are left", n, l)
+		for role := range roleCount {
+			if n := r.count(role); n != 0 {
+				t.Errorf("%d connections of the %s leg are left", n, role)
 			}
-			if n := r.metrics.closes[l][endShutdown].Load(); n != drainPairs {
-				t.Errorf("%d ends of the %s leg, want %d", n, l, drainPairs)
+			if n := r.metrics.closes[role][endShutdown].Load(); n != drainPairs {
+				t.Errorf("%d ends of the %s leg, want %d", n, role, drainPairs)
 			}
 		}
 	})
@@ -90,14 +90,14 @@ func TestDrainMeetsItsDeadline(t *testing.T) {
 	t.Parallel()
 	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
 		type ending struct {
-			l    leg
+			l    role
 			code uint16
 			at   time.Time
 		}
 		var mu sync.Mutex
 		var order []ending
 		var peers sync.WaitGroup
-		watch := func(l leg, c *wsClient) {
+		watch := func(role role, c *wsClient) {
 			peers.Go(func() {
 				for {
 					op, p, err := c.next()
@@ -107,7 +107,7 @@ func TestDrainMeetsItsDeadline(t *testing.T) {
 					if op == opClose {
 						code, _ := parseClose(p)
 						mu.Lock()
-						order = append(order, ending{l, code, time.Now()})
+						order = append(order, ending{role, code, time.Now()})
 						mu.Unlock()
 					}
 				}
@@ -115,8 +115,8 @@ func TestDrainMeetsItsDeadline(t *testing.T) {
 		}
 		for i := range drainPairs {
 			b, ph, _ := r.pair(fmt.Sprint("id-", i))
-			watch(legBinary, b)
-			watch(legPhone, ph)
+			watch(roleBinary, b)
+			watch(rolePhone, ph)
 		}
 		start := time.Now()
 		r.drained(10 * time.Second)
@@ -129,7 +129,7 @@ func TestDrainMeetsItsDeadline(t *testing.T) {
 		}
 		slices.SortStableFunc(order, func(a, b ending) int { return a.at.Compare(b.at) })
 		for i, e := range order {
-			if want := []leg{legPhone, legBinary}[i/drainPairs]; e.l != want || e.code != 1001 {
+			if want := []role{rolePhone, roleBinary}[i/drainPairs]; e.l != want || e.code != 1001 {
 				t.Fatalf("end %d is that of a %s with %d", i, e.l, e.code)
 			}
 		}
@@ -151,7 +151,7 @@ func TestDrainOfFrozenPeers(t *testing.T) {
 		if took := time.Since(start); took > 10*time.Second+time.Second/2 {
 			t.Errorf("the drain took %v", took)
 		}
-		if n := r.count(legPhone) + r.count(legBinary); n != 0 {
+		if n := r.count(rolePhone) + r.count(roleBinary); n != 0 {
 			t.Errorf("%d connections are left", n)
 		}
 	})

@@ -25,17 +25,17 @@ const (
 )
 
 // jsonFault says what is wrong with a message.
-type jsonFault uint8
+type jsonVerdict uint8
 
 const (
-	jsonOK jsonFault = iota
+	jsonOK jsonVerdict = iota
 	jsonInvalid
 	jsonBadUTF8
 )
 
 // checkJSON holds b against: exactly one JSON value in valid UTF-8, at most
 // maxDepth levels deep. Invalid UTF-8 is told first.
-func checkJSON(b []byte, maxDepth int) jsonFault {
+func checkJSON(b []byte, maxDepth int) jsonVerdict {
 	if !utf8.Valid(b) {
 		return jsonBadUTF8
 	}
@@ -84,7 +84,7 @@ type envelope struct {
 // that writes every member always. drop is dropNone, or the first of these that
 // holds: not an envelope, push wake, conn_id missing, close_code invalid, frame
 // missing. fault tells invalid UTF-8 apart.
-func parseEnvelope(b []byte) (e envelope, fault jsonFault, drop dropReason) {
+func parseEnvelope(b []byte) (e envelope, verdict jsonVerdict, drop dropReason) {
 	if !utf8.Valid(b) {
 		return e, jsonBadUTF8, dropNotEnvelope
 	}

@@ -117,7 +117,7 @@ func FuzzCheckJSON(f *testing.F) {
 
 // oracleEnvelope is parseEnvelope by means of encoding/json: its decoder gives
 // the members one by one, so that the last of a name counts and case matters.
-func oracleEnvelope(b []byte) (e envelope, fault jsonFault, drop dropReason) {
+func oracleEnvelope(b []byte) (e envelope, verdict jsonVerdict, drop dropReason) {
 	if !utf8.Valid(b) {
 		return e, jsonBadUTF8, dropNotEnvelope
 	}
@@ -169,10 +169,10 @@ func FuzzParseEnvelope(f *testing.F) {
 	seed(f)
 	f.Fuzz(func(t *testing.T, b []byte) {
 		before := bytes.Clone(b)
-		got, fault, drop := parseEnvelope(b)
+		got, verdict, drop := parseEnvelope(b)
 		want, wantFault, wantDrop := oracleEnvelope(b)
-		if fault != wantFault || drop != wantDrop {
-			t.Fatalf("%.300q: fault %d, drop %d, encoding/json says %d, %d", b, fault, drop, wantFault, wantDrop)
+		if verdict != wantFault || drop != wantDrop {
+			t.Fatalf("%.300q: fault %d, drop %d, encoding/json says %d, %d", b, verdict, drop, wantFault, wantDrop)
 		}
 		if got.connID == nil && (len(want.connID) > maxCompared || bytes.ContainsFunc(want.connID, notInConnID)) {
 			want.connID = nil // it names no phone, so it need not be decoded
@@ -202,7 +202,7 @@ func FuzzInjection(f *testing.F) {
 	o.maxFrame = 1 << 20
 	r := startRelay(f, o)
 	b, out := memBinary(f, r.relay, "server")
-	f.Cleanup(func() { b.release(r.batch()) })
+	f.Cleanup(func() { b.release(r.newBatch()) })
 	const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_" // newConnID's
 	f.Fuzz(func(t *testing.T, payload, id []byte) {
 		if len(payload) > o.maxFrame {
@@ -213,8 +213,8 @@ func FuzzInjection(f *testing.F) {
 		}
 		connID := string(id[:min(len(id), 64)])
 		ph, _ := memPhone(t, r.relay, "server", connID)
-		bt := r.batch()
-		ph.feed(bt, clientFrame(0x80, opText, payload))
+		bt := r.newBatch()
+		ph.receive(bt, clientFrame(0x80, opText, payload))
 		bt.flush()
 		frames := out.frames(t)
 		ph.release(bt)

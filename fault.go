@@ -21,7 +21,7 @@ import (
 // repair it.
 
 // fault is something that is wrong, and what to do about it.
-type fault struct{ what, remedy string }
+type diagnosis struct{ what, remedy string }
 
 const (
 	// maxQuoted is how much is shown of one thing that came from outside.
@@ -57,57 +57,57 @@ func plain(s string) string {
 }
 
 // explain tells what a failed dial, or a session's early end, means.
-func explain(base *url.URL, err error) fault {
-	f := explainStep(base, err)
+func diagnose(base *url.URL, err error) diagnosis {
+	f := diagnoseStep(base, err)
 	f.what = plain(f.what)
 	return f
 }
 
-func explainStep(base *url.URL, err error) fault {
+func diagnoseStep(base *url.URL, err error) diagnosis {
 	var e *dialError
 	if !errors.As(err, &e) {
-		return explainEnd(err)
+		return diagnoseEnd(err)
 	}
 	switch e.step {
 	case stepDNS:
-		return explainDNS(base, e.err)
+		return diagnoseDNS(base, e.err)
 	case stepTCP:
-		return explainTCP(e.err)
+		return diagnoseTCP(e.err)
 	case stepTLS:
-		return explainTLS(base, e.err)
+		return diagnoseTLS(base, e.err)
 	}
-	if e.trip.answer == nil {
-		f := fault{"no HTTP answer: " + e.err.Error(), "check that the port is the one of the proxy, and that the proxy's backend is the relay"}
+	if e.trace.answer == nil {
+		f := diagnosis{"no HTTP answer: " + e.err.Error(), "check that the port is the one of the proxy, and that the proxy's backend is the relay"}
 		if base.Scheme == "ws" {
 			f.remedy += "; if the port speaks TLS, use wss://"
 		}
 		return f
 	}
-	return explainAnswer(base, e.trip.answer, e.err)
+	return diagnoseAnswer(base, e.trace.answer, e.err)
 }
 
-func explainDNS(base *url.URL, err error) fault {
+func diagnoseDNS(base *url.URL, err error) diagnosis {
 	var d *net.DNSError
 	if errors.As(err, &d) && d.IsNotFound {
-		return fault{fmt.Sprintf("the name %s is not known here", base.Hostname()),
+		return diagnosis{fmt.Sprintf("the name %s is not known here", base.Hostname()),
 			"correct the name, or give it an A or AAAA record; a home network may answer for other names than the world does (split DNS)"}
 	}
-	return fault{fmt.Sprintf("looking up %s failed: %v", base.Hostname(), err), "check this machine's resolver (/etc/resolv.conf)"}
+	return diagnosis{fmt.Sprintf("looking up %s failed: %v", base.Hostname(), err), "check this machine's resolver (/etc/resolv.conf)"}
 }
 
-func explainTCP(err error) fault {
+func diagnoseTCP(err error) diagnosis {
 	what := strings.ReplaceAll(err.Error(), "\n", "; ")
 	switch {
 	case errors.Is(err, syscall.ECONNREFUSED):
-		return fault{"nothing listens there: " + what, "start the proxy (or the relay) there, or correct the port; from inside the relay's own network the router may lack hairpin NAT: try from outside"}
+		return diagnosis{"nothing listens there: " + what, "start the proxy (or the relay) there, or correct the port; from inside the relay's own network the router may lack hairpin NAT: try from outside"}
 	case errors.Is(err, os.ErrDeadlineExceeded):
-		return fault{"nobody answers there: " + what,
+		return diagnosis{"nobody answers there: " + what,
 			"open the port in the firewall and forward it in the router; from inside the relay's own network the router may lack hairpin NAT: try from outside"}
 	}
-	return fault{what, "check the address and this machine's route to it"}
+	return diagnosis{what, "check the address and this machine's route to it"}
 }
 
-func explainTLS(base *url.URL, err error) fault {
+func diagnoseTLS(base *url.URL, err error) diagnosis {
 	var (
 		invalid x509.CertificateInvalidError
 		name    x509.HostnameError
@@ -119,22 +119,22 @@ func explainTLS(base *url.URL, err error) fault {
 	case errors.As(err, &invalid) && invalid.Reason == x509.Expired:
 		c, now := invalid.Cert, time.Now()
 		if now.Before(c.NotBefore) {
-			return fault{"the certificate is valid from " + day(c.NotBefore) + " only", "check the clock of this machine and of the one that made the certificate"}
+			return diagnosis{"the certificate is valid from " + day(c.NotBefore) + " only", "check the clock of this machine and of the one that made the certificate"}
 		}
-		return fault{fmt.Sprintf("the certificate expired on %s, %s ago", day(c.NotAfter), age(now.Sub(c.NotAfter))),
+		return diagnosis{fmt.Sprintf("the certificate expired on %s, %s ago", day(c.NotAfter), age(now.Sub(c.NotAfter))),
 			"renew the certificate, have the proxy load it, and find out why that did not happen by itself; check this machine's clock"}
 	case errors.As(err, &name):
-		return fault{fmt.Sprintf("the certificate is for %s, not for %s", certificateNames(name.Certificate), base.Hostname()),
+		return diagnosis{fmt.Sprintf("the certificate is for %s, not for %s", certificateNames(name.Certificate), base.Hostname()),
 			"give the proxy a certificate for " + base.Hostname() + ", or use a name that the certificate has"}
 	case errors.As(err, &unknown):
-		return fault{"the certificate's issuer is not trusted here",
+		return diagnosis{"the certificate's issuer is not trusted here",
 			"use a certificate of a public authority, with its chain (fullchain.pem): phones do not trust this one either"}
 	case errors.As(err, &record):
-		return fault{"what answers does not speak TLS", "use the proxy's TLS port; for a relay without a proxy in front use ws://"}
+		return diagnosis{"what answers does not speak TLS", "use the proxy's TLS port; for a relay without a proxy in front use ws://"}
 	case errors.As(err, &alert):
-		return fault{"the server refused the TLS handshake: " + alert.Error(), "give the proxy a certificate for " + base.Hostname()}
+		return diagnosis{"the server refused the TLS handshake: " + alert.Error(), "give the proxy a certificate for " + base.Hostname()}
 	}
-	return fault{"the TLS handshake failed: " + err.Error(), "check that the port speaks TLS, and what the proxy logs"}
+	return diagnosis{"the TLS handshake failed: " + err.Error(), "check that the port speaks TLS, and what the proxy logs"}
 }
 
 // certificateNames lists the first names that a certificate is for.
@@ -155,21 +155,21 @@ func certificateNames(c *x509.Certificate) string {
 const passUpgrade = `have the proxy pass the upgrade on (nginx: proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection "upgrade";)`
 
 // explainAnswer tells what an answer other than a good 101 means.
-func explainAnswer(base *url.URL, a *answer, err error) fault {
+func diagnoseAnswer(base *url.URL, a *answer, err error) diagnosis {
 	if a.code == http.StatusSwitchingProtocols {
-		return fault{fmt.Sprintf("%s is no good upgrade: %v", quote(a.status), err), "have the proxy leave the answer's Upgrade, Connection and Sec-WebSocket-Accept as the relay sent them"}
+		return diagnosis{fmt.Sprintf("%s is no good upgrade: %v", quote(a.status), err), "have the proxy leave the answer's Upgrade, Connection and Sec-WebSocket-Accept as the relay sent them"}
 	}
 	if _, relay := a.identity(); relay {
 		what := fmt.Sprintf("the relay refuses with %s: %s", quote(a.status), quote(a.text))
 		switch a.code {
 		case http.StatusUpgradeRequired:
-			return fault{what, passUpgrade}
+			return diagnosis{what, passUpgrade}
 		case http.StatusBadRequest:
-			return fault{what, "have the proxy pass user-agent and the x-pyrycode-* headers on unchanged"}
+			return diagnosis{what, "have the proxy pass user-agent and the x-pyrycode-* headers on unchanged"}
 		case http.StatusTooManyRequests:
-			return fault{what, "wait a minute, or raise -rate-per-minute; if everybody gets this, the proxy's address is not in -trusted-proxies"}
+			return diagnosis{what, "wait a minute, or raise -rate-per-minute; if everybody gets this, the proxy's address is not in -trusted-proxies"}
 		}
-		return fault{what, "wait, and try again"}
+		return diagnosis{what, "wait, and try again"}
 	}
 	what := "something that is not a relay answers " + quote(a.status)
 	if s := a.header.Get("Server"); s != "" {
@@ -181,36 +181,36 @@ func explainAnswer(base *url.URL, a *answer, err error) fault {
 		if s := a.header.Get("Location"); s != "" {
 			where = quote(s)
 		}
-		return fault{what + ", a redirect to " + where, "use the address it leads to: peers follow no redirect"}
+		return diagnosis{what + ", a redirect to " + where, "use the address it leads to: peers follow no redirect"}
 	case c == http.StatusUnauthorized || c == http.StatusForbidden || c == http.StatusProxyAuthRequired:
-		return fault{what, "let /v1/ and /v2/ through to the relay without a login"}
+		return diagnosis{what, "let /v1/ and /v2/ through to the relay without a login"}
 	case c == http.StatusTooManyRequests:
-		return fault{what, "wait a minute: the proxy in front limits upgrades"}
+		return diagnosis{what, "wait a minute: the proxy in front limits upgrades"}
 	case c >= 502 && c <= 504:
-		return fault{what + ": the proxy does not reach a relay behind it", "start the relay, and give the proxy its -listen address as backend"}
+		return diagnosis{what + ": the proxy does not reach a relay behind it", "start the relay, and give the proxy its -listen address as backend"}
 	case c == http.StatusBadRequest && base.Scheme == "ws":
-		return fault{what, "if the port speaks TLS, use wss://; otherwise " + passUpgrade}
+		return diagnosis{what, "if the port speaks TLS, use wss://; otherwise " + passUpgrade}
 	case c == http.StatusUpgradeRequired:
-		return fault{what, passUpgrade}
+		return diagnosis{what, passUpgrade}
 	}
-	return fault{what, "correct the address, or have the proxy pass /v1/ and /v2/ on to the relay"}
+	return diagnosis{what, "correct the address, or have the proxy pass /v1/ and /v2/ on to the relay"}
 }
 
 // explainEnd tells what it means that a session with a relay did not last.
-func explainEnd(err error) fault {
+func diagnoseEnd(err error) diagnosis {
 	var end *endError
 	switch {
 	case !errors.As(err, &end):
-		return fault{err.Error(), "have the proxy pass WebSocket frames on at once, without buffering"}
+		return diagnosis{err.Error(), "have the proxy pass WebSocket frames on at once, without buffering"}
 	case end.err != nil:
-		return fault{end.Error(), "look at the proxy's log: it cut a connection that was open"}
+		return diagnosis{end.Error(), "look at the proxy's log: it cut a connection that was open"}
 	case end.code == int(endShutdown.code()) && end.reason == endShutdown.String():
-		return fault{end.Error(), "the relay was stopped just then: look at its log, and try again"}
+		return diagnosis{end.Error(), "the relay was stopped just then: look at its log, and try again"}
 	case end.code == int(endShutdown.code()):
-		return fault{end.Error(), "the proxy was reloaded or stopped, and says goodbye to every session when it is: " +
+		return diagnosis{end.Error(), "the proxy was reloaded or stopped, and says goodbye to every session when it is: " +
 			"have it leave them alone (Caddy: stream_close_delay 5m in reverse_proxy), and reload it less often"}
 	}
-	return fault{end.Error(), "look at the relay's log"}
+	return diagnosis{end.Error(), "look at the relay's log"}
 }
 
 func day(t time.Time) string { return t.UTC().Format(time.DateOnly) }

@@ -340,7 +340,7 @@ func TestPeerRefusesStrangeFrames(t *testing.T) {
 				b.idle = 50 * time.Millisecond
 			}
 			d := dialer{base: &url.URL{Scheme: "ws", Host: b.addr}}
-			c, err := d.dial(t.Context(), legPhone, "server", "")
+			c, err := d.dial(t.Context(), rolePhone, "server", "")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -364,18 +364,18 @@ func TestExplainNames(t *testing.T) {
 		err          error
 		what, remedy string
 	}{
-		{&dialError{stepDNS, &trip{}, &net.DNSError{Err: "no such host", Name: "relay.test", IsNotFound: true}}, "the name relay.test is not known here", "split DNS"},
-		{&dialError{stepDNS, &trip{}, &net.DNSError{Err: "server misbehaving", Name: "relay.test"}}, "server misbehaving", "resolv.conf"},
-		{&dialError{stepTCP, &trip{}, fmt.Errorf("dial: %w", os.ErrDeadlineExceeded)}, "nobody answers there", "hairpin NAT"},
-		{&dialError{stepTCP, &trip{}, syscall.EHOSTUNREACH}, "no route to host", "route"},
-		{&dialError{stepTLS, &trip{}, tls.AlertError(40)}, "refused the TLS handshake", "a certificate for relay.test"},
-		{&dialError{stepTLS, &trip{}, io.EOF}, "the TLS handshake failed: EOF", "speaks TLS"},
+		{&dialError{stepDNS, &dialTrace{}, &net.DNSError{Err: "no such host", Name: "relay.test", IsNotFound: true}}, "the name relay.test is not known here", "split DNS"},
+		{&dialError{stepDNS, &dialTrace{}, &net.DNSError{Err: "server misbehaving", Name: "relay.test"}}, "server misbehaving", "resolv.conf"},
+		{&dialError{stepTCP, &dialTrace{}, fmt.Errorf("dial: %w", os.ErrDeadlineExceeded)}, "nobody answers there", "hairpin NAT"},
+		{&dialError{stepTCP, &dialTrace{}, syscall.EHOSTUNREACH}, "no route to host", "route"},
+		{&dialError{stepTLS, &dialTrace{}, tls.AlertError(40)}, "refused the TLS handshake", "a certificate for relay.test"},
+		{&dialError{stepTLS, &dialTrace{}, io.EOF}, "the TLS handshake failed: EOF", "speaks TLS"},
 		{&endError{code: 1001, reason: "shutting down"}, `closed 1001 "shutting down"`, "the relay was stopped just then"},
 		{&endError{code: 1001}, `closed 1001`, "stream_close_delay 5m"},
 		{&endError{code: 1011, reason: "heartbeat timeout"}, `closed 1011 "heartbeat timeout"`, "relay's log"},
 		{&endError{code: 1006, err: io.EOF}, "connection lost: EOF", "proxy's log"},
 	} {
-		if f := explain(base, tt.err); !strings.Contains(f.what, tt.what) || !strings.Contains(f.remedy, tt.remedy) {
+		if f := diagnose(base, tt.err); !strings.Contains(f.what, tt.what) || !strings.Contains(f.remedy, tt.remedy) {
 			t.Errorf("%v: %+v, want %q and %q", tt.err, f, tt.what, tt.remedy)
 		}
 	}

@@ -37,7 +37,7 @@ func (h frameHeader) control() bool { return h.op >= opClose }
 // parseFrameHeader reads a header from the front of b. size is 0 while b is
 // too short. A header that breaks a rule is told as soon as the bytes that
 // break it are there, so that nobody waits for the rest of it.
-func parseFrameHeader(b []byte) (h frameHeader, fault closeReason) {
+func parseFrameHeader(b []byte) (h frameHeader, violation closeReason) {
 	if len(b) < 2 {
 		return h, endNone
 	}
@@ -136,7 +136,7 @@ func appendCloseFrame(dst []byte, code uint16, reason string) []byte {
 const noCloseCode = 1005
 
 // parseClose reads the payload of a peer's close frame (§5.5.1).
-func parseClose(p []byte) (code uint16, fault closeReason) {
+func parseClose(p []byte) (code uint16, violation closeReason) {
 	if len(p) == 0 {
 		return noCloseCode, endNone
 	}

@@ -13,7 +13,7 @@ import (
 
 // naiveHeader reads a frame header as RFC 6455 §5.2 draws it, bit by bit, with
 // no eye to speed. It is what parseFrameHeader is held against.
-func naiveHeader(b []byte) (h frameHeader, fault closeReason, complete bool) {
+func naiveHeader(b []byte) (h frameHeader, violation closeReason, complete bool) {
 	if len(b) < 2 {
 		return h, endNone, false
 	}
@@ -80,12 +80,12 @@ func FuzzFrameHeader(f *testing.F) {
 		f.Add([]byte(s))
 	}
 	f.Fuzz(func(t *testing.T, b []byte) {
-		got, fault := parseFrameHeader(b)
+		got, violation := parseFrameHeader(b)
 		want, wantFault, complete := naiveHeader(b)
-		if fault != wantFault {
-			t.Fatalf("% x: fault %q, want %q", b, fault, wantFault)
+		if violation != wantFault {
+			t.Fatalf("% x: fault %q, want %q", b, violation, wantFault)
 		}
-		if fault != endNone {
+		if violation != endNone {
 			return
 		}
 		if (got.size > 0) != complete {
@@ -117,12 +117,12 @@ func TestFrameHeaderFaultsEarly(t *testing.T) {
 		{"\x82\xff\xff\xff\xff\xff\xff\xff\xff\xff", endBadLength},
 	} {
 		for n := range c.bytes {
-			if _, fault := parseFrameHeader([]byte(c.bytes[:n])); fault != endNone {
-				t.Errorf("% x: fault %q after %d bytes", c.bytes, fault, n)
+			if _, violation := parseFrameHeader([]byte(c.bytes[:n])); violation != endNone {
+				t.Errorf("% x: fault %q after %d bytes", c.bytes, violation, n)
 			}
 		}
-		if _, fault := parseFrameHeader([]byte(c.bytes)); fault != c.fault {
-			t.Errorf("% x: fault %q, want %q", c.bytes, fault, c.fault)
+		if _, violation := parseFrameHeader([]byte(c.bytes)); violation != c.fault {
+			t.Errorf("% x: fault %q, want %q", c.bytes, violation, c.fault)
 		}
 	}
 }
@@ -178,16 +178,16 @@ func FuzzClose(f *testing.F) {
 	f.Add(closePayload(1000, "\xff"))
 	f.Add(closePayload(1000, strings.Repeat("é", 62)))
 	f.Fuzz(func(t *testing.T, p []byte) {
-		code, fault := parseClose(p)
+		code, violation := parseClose(p)
 		switch {
 		case len(p) == 0:
-			if code != noCloseCode || fault != endNone {
-				t.Fatalf("empty payload: %d %q", code, fault)
+			if code != noCloseCode || violation != endNone {
+				t.Fatalf("empty payload: %d %q", code, violation)
 			}
 			return
 		case len(p) == 1:
-			if fault != endBadClose {
-				t.Fatalf("one byte: fault %q", fault)
+			if violation != endBadClose {
+				t.Fatalf("one byte: fault %q", violation)
 			}
 			return
 		}
@@ -200,19 +200,19 @@ func FuzzClose(f *testing.F) {
 		} else if strings.ToValidUTF8(string(p[2:]), "") != string(p[2:]) {
 			want = endInvalidUTF8
 		}
-		if fault != want {
-			t.Fatalf("% x: fault %q, want %q", p, fault, want)
+		if violation != want {
+			t.Fatalf("% x: fault %q, want %q", p, violation, want)
 		}
-		if fault != endNone {
+		if violation != endNone {
 			return
 		}
 		b := appendCloseFrame(nil, code, string(p[2:]))
 		if b[0] != 0x80|opClose || int(b[1]) != len(b)-2 || len(b)-2 > maxControl {
 			t.Fatalf("close frame with code %d begins % x, %d bytes", code, b[:2], len(b))
 		}
-		again, fault := parseClose(b[2:])
-		if again != code || fault != endNone || !bytes.HasPrefix(p[2:], b[4:]) {
-			t.Fatalf("%d %q came back as %d %q, fault %q", code, p[2:], again, b[4:], fault)
+		again, violation := parseClose(b[2:])
+		if again != code || violation != endNone || !bytes.HasPrefix(p[2:], b[4:]) {
+			t.Fatalf("%d %q came back as %d %q, fault %q", code, p[2:], again, b[4:], violation)
 		}
 		// Cut at a character, and not earlier than need be.
 		if lost := len(p) - len(b[2:]); lost > 0 && len(b[2:])+utf8.UTFMax <= maxControl {

@@ -23,7 +23,7 @@ type streamPeer struct {
 	closes   int
 }
 
-func (p *streamPeer) message(_ *batch, op byte, b []byte) {
+func (p *streamPeer) message(_ *writeBatch, op byte, b []byte) {
 	p.messages = append(p.messages, fmt.Sprintf("%d %x", op, b))
 	clear(b) // an owner may change what it gets
 	if p.pauses.IntN(4) == 0 {
@@ -31,13 +31,13 @@ func (p *streamPeer) message(_ *batch, op byte, b []byte) {
 	}
 }
 
-func (p *streamPeer) ended(_ *batch, reason closeReason, code uint16) {
+func (p *streamPeer) ended(_ *writeBatch, reason closeReason, code uint16) {
 	p.ends = append(p.ends, fmt.Sprint(reason, " ", code))
 }
 
-func (p *streamPeer) closed(*batch) { p.closes++ }
+func (p *streamPeer) closed(*writeBatch) { p.closes++ }
 
-func (p *streamPeer) challenged(*batch, bool) {}
+func (p *streamPeer) challenged(*writeBatch, bool) {}
 
 // streamModel is what has to come of a stream.
 type streamModel struct {
@@ -49,15 +49,15 @@ type streamModel struct {
 func modelStream(b []byte, maxFrame int64) (m streamModel) {
 	var message []byte
 	open, messageOp := false, byte(0)
-	broke := func(fault closeReason) streamModel {
-		m.end = fmt.Sprint(fault, " ", fault.code())
-		m.sent = append(m.sent, memFrame{opClose, string(closePayload(fault.code(), fault.String()))})
+	broke := func(violation closeReason) streamModel {
+		m.end = fmt.Sprint(violation, " ", violation.code())
+		m.sent = append(m.sent, memFrame{opClose, string(closePayload(violation.code(), violation.String()))})
 		return m
 	}
 	for {
-		h, fault, complete := naiveHeader(b)
-		if fault != endNone {
-			return broke(fault)
+		h, violation, complete := naiveHeader(b)
+		if violation != endNone {
+			return broke(violation)
 		}
 		if !complete {
 			return m
@@ -83,9 +83,9 @@ func modelStream(b []byte, maxFrame int64) (m streamModel) {
 			m.sent = append(m.sent, memFrame{opPong, string(p)})
 		case opPong:
 		case opClose:
-			code, fault := parseClose(p)
-			if fault != endNone {
-				return broke(fault)
+			code, violation := parseClose(p)
+			if violation != endNone {
+				return broke(violation)
 			}
 			m.end = fmt.Sprint(endPeerClosed, " ", code)
 			m.sent = append(m.sent, memFrame{opClose, string(p[:min(2, len(p))])})
@@ -175,7 +175,7 @@ func TestStreamInPieces(t *testing.T) {
 
 func checkStream(t *testing.T, r *relay, stream []byte, random *rand.Rand) {
 	t.Helper()
-	p, sock, b := &streamPeer{pauses: random}, &memSocket{}, r.batch()
+	p, sock, b := &streamPeer{pauses: random}, &memSocket{}, r.newBatch()
 	p.init(r, p, memAddr)
 	p.sock = sock
 
@@ -186,7 +186,7 @@ func checkStream(t *testing.T, r *relay, stream []byte, random *rand.Rand) {
 		b.flush()
 		for p.paused {
 			p.unpause(b.now)
-			p.feed(b, nil)
+			p.receive(b, nil)
 			b.flush()
 		}
 	}
@@ -208,7 +208,7 @@ func checkStream(t *testing.T, r *relay, stream []byte, random *rand.Rand) {
 	if len(p.ends) != 1 || p.ends[0] != want.end || p.closes != 1 {
 		t.Errorf("ended %q, closed %d times, want once: %q", p.ends, p.closes, want.end)
 	}
-	if n := r.memory.budget.used(); n != 0 {
+	if n := r.buffers.budget.used(); n != 0 {
 		t.Errorf("%d bytes are charged after the end", n)
 	}
 }
@@ -216,8 +216,8 @@ func checkStream(t *testing.T, r *relay, stream []byte, random *rand.Rand) {
 // feedPiece gives a connection what one read brought: into its own buffer as
 // the epoll loop does, or by copy as the goroutine poller does. The piece is
 // destroyed afterwards, since none of it may be kept.
-func feedPiece(p *streamPeer, b *batch, piece []byte, direct bool) {
-	p.heard(b)
+func feedPiece(p *streamPeer, b *writeBatch, piece []byte, direct bool) {
+	p.markAlive(b)
 	if direct {
 		if k := copy(p.want(), piece); k > 0 {
 			p.filled(b, k)
@@ -226,7 +226,7 @@ func feedPiece(p *streamPeer, b *batch, piece []byte, direct bool) {
 		}
 	}
 	if len(piece) > 0 {
-		p.feed(b, piece)
+		p.receive(b, piece)
 	}
 	for i := range piece {
 		piece[i] = 0xaa

@@ -33,15 +33,15 @@ type graces struct {
 }
 
 type grace struct {
-	e   *entry
+	e   *server
 	end int64 // relay clock
 }
 
 // begin puts e's grace at the end of the line.
-func (s *graces) begin(e *entry) *list.Element {
+func (s *graces) begin(srv *server) *list.Element {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	el := s.line.PushBack(&grace{e: e, end: s.now() + int64(s.length)})
+	el := s.line.PushBack(&grace{e: srv, end: s.now() + int64(s.length)})
 	switch {
 	case s.timer == nil:
 		s.arm(s.length)

@@ -20,7 +20,7 @@ func TestGraces(t *testing.T) {
 		s.expire = func(el *list.Element) {
 			ended = append(ended, fmt.Sprint(el.Value.(*grace).e.id, " at ", time.Since(start)))
 		}
-		begin := func(id string) *list.Element { return s.begin(&entry{id: id}) }
+		begin := func(id string) *list.Element { return s.begin(&server{id: id}) }
 		first := begin("first")
 		begin("second")
 		time.Sleep(20 * time.Second)
@@ -76,12 +76,12 @@ func TestGracesAreBounded(t *testing.T) {
 		start := time.Now()
 		r.leaves(b)
 		for i := range most {
-			if _, held := r.registry.entries.Load("oldest"); !held {
+			if _, held := r.registry.servers.Load("oldest"); !held {
 				t.Fatalf("the oldest grace ended when there were %d, limit %d", i+1, most)
 			}
 			r.leaves(r.binary(fmt.Sprint("id-", i)))
 			eventually(t, "the grace that is too many is over", func() bool {
-				return r.metrics.binariesInGrace.Load() <= int64(most) && r.count(legBinary) == 0
+				return r.metrics.binariesInGrace.Load() <= int64(most) && r.count(roleBinary) == 0
 			})
 		}
 		ph.wantEnd(4404, "grace expired")

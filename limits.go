@@ -79,33 +79,33 @@ type budget struct {
 }
 
 // use is what bytes are buffered for: how much of the budget they may fill.
-type use uint8
+type priority uint8
 
 const (
 	// useBacklog: they wait for a phone that takes nothing, or for a binary that
 	// is not there. The last eighth is not theirs: phones that do not read must
 	// not cost those that do what passes through.
-	useBacklog use = iota
+	priorityBacklog priority = iota
 	// usePassing: what is half received from a phone, or goes out to one with this
 	// batch. The last sixteenth is not theirs.
-	usePassing
+	priorityPassing
 	// useBinary: what is half received from a binary, or waits for one. Of that
 	// each has little, since a binary that takes nothing holds its phones back.
-	useBinary
+	priorityBinary
 	// useAlways: control frames and close notices, a few bytes without which
 	// nothing could be ended in order. They are charged whether they fit or not.
-	useAlways
+	priorityAlways
 )
 
 // take charges n bytes if they fit.
-func (b *budget) take(n int, u use) bool {
+func (b *budget) take(n int, priority priority) bool {
 	limit := b.limit
-	switch u {
-	case useBacklog:
+	switch priority {
+	case priorityBacklog:
 		limit -= limit / 8
-	case usePassing:
+	case priorityPassing:
 		limit -= limit / 16
-	case useAlways:
+	case priorityAlways:
 		b.n.Add(int64(n))
 		return true
 	}

@@ -300,7 +300,7 @@ func TestBudget(t *testing.T) {
 	for range 8 {
 		wg.Go(func() {
 			for range 5000 {
-				if !b.take(step, usePassing) {
+				if !b.take(step, priorityPassing) {
 					continue
 				}
 				now := held.Add(step)
@@ -315,20 +315,20 @@ func TestBudget(t *testing.T) {
 	if most.Load() > limit || b.used() != 0 {
 		t.Fatalf("%d of %d bytes held at once, %d left in the end", most.Load(), limit, b.used())
 	}
-	if !b.take(limit, useBinary) || b.take(1, useBinary) {
+	if !b.take(limit, priorityBinary) || b.take(1, priorityBinary) {
 		t.Fatal("the budget is not exactly its limit")
 	}
-	if !b.take(5, useAlways) || b.used() != limit+5 || b.take(1, useBinary) {
+	if !b.take(5, priorityAlways) || b.used() != limit+5 || b.take(1, priorityBinary) {
 		t.Fatalf("%d bytes used after 5 that always fit", b.used())
 	}
 	b.give(limit + 5)
-	if !b.take(limit*7/8, useBacklog) || b.take(1, useBacklog) {
+	if !b.take(limit*7/8, priorityBacklog) || b.take(1, priorityBacklog) {
 		t.Fatal("a backlog does not have exactly seven eighths")
 	}
-	if !b.take(limit/16, usePassing) || b.take(1, usePassing) {
+	if !b.take(limit/16, priorityPassing) || b.take(1, priorityPassing) {
 		t.Fatal("what passes to phones does not have exactly fifteen sixteenths")
 	}
-	if !b.take(limit/16, useBinary) || b.take(1, useBinary) {
+	if !b.take(limit/16, priorityBinary) || b.take(1, priorityBinary) {
 		t.Fatal("the last sixteenth is not that of binaries")
 	}
 }

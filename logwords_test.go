@@ -28,7 +28,7 @@ func TestLogsHaveWords(t *testing.T) {
 		var b logBuffer
 		o := defaultOptions()
 		o.logFormat = format
-		newLogger(&b, o).LogAttrs(t.Context(), slog.LevelInfo, "test", slog.Any("leg", legPhone),
+		newLogger(&b, o).LogAttrs(t.Context(), slog.LevelInfo, "test", slog.Any("leg", rolePhone),
 			slog.Any("close", endHeartbeat), slog.Any("drop", dropPushWake), slog.Any("upgrade", upgradeRateLimited))
 		for _, word := range []string{"phone", "heartbeat timeout", "push wake", "rate limited"} {
 			if !strings.Contains(b.String(), word) {

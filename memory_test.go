@@ -87,10 +87,10 @@ func memBinary(t testing.TB, r *relay, id string) (*binaryLeg, *memSocket) {
 	b, m := &binaryLeg{id: newConnID()}, &memSocket{}
 	b.init(r, b, memAddr)
 	b.sock = m
-	if !r.enter(legBinary) || !r.limits.acquireConn() {
+	if !r.enter(roleBinary) || !r.limits.acquireConn() {
 		t.Fatal("the relay is draining or full")
 	}
-	if r.registry.claim(b, id, false); b.waits.Load() != 0 {
+	if r.registry.claim(b, id, false); b.contendsSince.Load() != 0 {
 		t.Fatalf("%s is claimed already", id)
 	}
 	return b, m
@@ -102,7 +102,7 @@ func memPhone(t testing.TB, r *relay, id, connID string) (*phoneLeg, *memSocket)
 	ph, m := &phoneLeg{id: connID}, &memSocket{}
 	ph.init(r, ph, memAddr)
 	ph.sock = m
-	if !r.enter(legPhone) || !r.limits.acquireConn() {
+	if !r.enter(rolePhone) || !r.limits.acquireConn() {
 		t.Fatal("the relay is draining or full")
 	}
 	if refused, text := r.registry.join(ph, id); refused != endNone {
@@ -113,15 +113,15 @@ func memPhone(t testing.TB, r *relay, id, connID string) (*phoneLeg, *memSocket)
 
 // memPair registers a binary with one phone until the test's end. Frames pass
 // between them in t, as in a poller's batch.
-func memPair(tb testing.TB, r *relay) (b *binaryLeg, bs *memSocket, ph *phoneLeg, ps *memSocket, t *batch) {
+func memPair(tb testing.TB, r *relay) (b *binaryLeg, bs *memSocket, ph *phoneLeg, ps *memSocket, w *writeBatch) {
 	tb.Helper()
-	t = r.batch()
+	w = r.newBatch()
 	b, bs = memBinary(tb, r, "server")
 	ph, ps = memPhone(tb, r, "server", "phone-1")
 	tb.Cleanup(func() {
-		ph.release(t)
-		b.release(t)
-		t.flush()
+		ph.release(w)
+		b.release(w)
+		w.flush()
 	})
-	return b, bs, ph, ps, t
+	return b, bs, ph, ps, w
 }

@@ -25,8 +25,8 @@ type metrics struct {
 	framesUp, bytesUp, framesDown, bytesDown atomic.Int64 // of payload, as forwarded
 	socketReads, socketWrites                atomic.Int64 // system calls of the pollers
 
-	upgrades [legCount][upgradeOutcomeCount]atomic.Int64
-	closes   [legCount][closeReasonCount]atomic.Int64
+	upgrades [roleCount][upgradeOutcomeCount]atomic.Int64
+	closes   [roleCount][closeReasonCount]atomic.Int64
 	drops    [dropReasonCount]atomic.Int64
 }
 
@@ -54,15 +54,15 @@ func (m *metrics) text() []byte {
 	e.sample("forwarded_bytes_total", m.bytesDown.Load(), "direction", "down")
 
 	e.family("upgrades_total", "counter", "Requests on the WebSocket endpoints, by endpoint and outcome.")
-	for l := range legCount {
+	for role := range roleCount {
 		for o := range upgradeOutcomeCount {
-			e.sample("upgrades_total", m.upgrades[l][o].Load(), "endpoint", endpointWords[l], "outcome", o.String())
+			e.sample("upgrades_total", m.upgrades[role][o].Load(), "endpoint", endpointWords[role], "outcome", o.String())
 		}
 	}
 	e.family("closes_total", "counter", "Connections that have ended, by leg and reason.")
-	for l := range legCount {
+	for role := range roleCount {
 		for r := range closeReasonCount {
-			e.sample("closes_total", m.closes[l][r].Load(), "leg", l.String(), "reason", r.String())
+			e.sample("closes_total", m.closes[role][r].Load(), "leg", role.String(), "reason", r.String())
 		}
 	}
 	e.family("dropped_envelopes_total", "counter", "Envelopes of binaries that went nowhere, by reason.")
@@ -102,7 +102,7 @@ func (m *metrics) text() []byte {
 }
 
 // endpointWords name the endpoints as a label.
-var endpointWords = [legCount]string{legBinary: "server", legPhone: "client"}
+var endpointWords = [roleCount]string{roleBinary: "server", rolePhone: "client"}
 
 func truth(b bool) int64 {
 	if b {

@@ -96,9 +96,9 @@ func TestMetricsBeginAtZero(t *testing.T) {
 			add("upgrades_total{endpoint=%q,outcome=%q}", endpoint, o.String())
 		}
 	}
-	for l := range legCount {
+	for role := range roleCount {
 		for why := range closeReasonCount {
-			add("closes_total{leg=%q,reason=%q}", l.String(), why.String())
+			add("closes_total{leg=%q,reason=%q}", role.String(), why.String())
 		}
 	}
 	for why := range dropReasonCount {

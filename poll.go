@@ -57,11 +57,11 @@ func (p *goPoller) sweep() {
 			return
 		case <-tick.C:
 		}
-		t := p.relay.batch()
+		w := p.relay.newBatch()
 		for _, c := range p.snapshot() {
-			c.tick(t)
+			c.checkTimeouts(w)
 		}
-		t.flush()
+		w.flush()
 	}
 }
 
@@ -111,9 +111,9 @@ func (s *goSocket) attach(first []byte) {
 func (s *goSocket) read(first []byte) {
 	defer s.poller.wg.Done()
 	c, r := s.c, s.poller.relay
-	t := r.batch()
-	c.feed(t, first)
-	t.flush()
+	w := r.newBatch()
+	c.receive(w, first)
+	w.flush()
 	buf := make([]byte, goReadSize)
 	for {
 		if c.paused {
@@ -123,29 +123,29 @@ func (s *goSocket) read(first []byte) {
 			}
 			s.resumed = false
 			s.mu.Unlock()
-			t.now = r.now()
-			c.unpause(t.now)
-			c.feed(t, nil)
-			t.flush()
+			w.now = r.now()
+			c.unpause(w.now)
+			c.receive(w, nil)
+			w.flush()
 			continue
 		}
 		n, err := s.nc.Read(buf)
 		r.metrics.socketReads.Add(1)
-		t.now = r.now()
+		w.now = r.now()
 		if n > 0 {
-			c.feed(t, buf[:n])
-			c.heard(t)
+			c.receive(w, buf[:n])
+			c.markAlive(w)
 		}
 		if err != nil && !c.paused {
 			break
 		}
-		t.flush()
+		w.flush()
 	}
 	s.poller.mu.Lock()
 	delete(s.poller.conns, c)
 	s.poller.mu.Unlock()
-	c.release(t)
-	t.flush()
+	c.release(w)
+	w.flush()
 	s.settle()
 	s.abort()
 }
@@ -233,9 +233,9 @@ func (s *goSocket) drain() {
 		if err != nil {
 			s.abort()
 		}
-		t := r.batch()
-		s.c.writable(t)
-		t.flush()
+		w := r.newBatch()
+		s.c.writable(w)
+		w.flush()
 	}
 }
 

@@ -69,7 +69,7 @@ type epollLoop struct {
 	take  func(uintptr) bool // takes what epoll has to tell; for raw
 	ready []*conn            // may have more to read; edge-triggered epoll will not say so again
 	share int                // bufferfuls for each in this round
-	batch batch
+	batch writeBatch
 }
 
 // epollSocket is a connection's place in its loop.
@@ -164,8 +164,8 @@ func (s *epollSocket) attach(first []byte) {
 	l, c := s.loop, s.c
 	if len(first) > 0 {
 		c.paused = true
-		c.rest = &block{b: first, w: len(first), size: -1}
-		l.relay.memory.budget.take(len(first), useAlways)
+		c.unparsed = &buffer{b: first, w: len(first), size: -1}
+		l.relay.buffers.budget.take(len(first), priorityAlways)
 	}
 	l.mu.Lock()
 	s.attached = true
@@ -223,7 +223,7 @@ func (l *epollLoop) stop() {
 
 func (l *epollLoop) run() {
 	defer close(l.done)
-	t := &l.batch
+	w := &l.batch
 	nextTick := int64(0)
 	for {
 		wait, stop := l.patience(nextTick)
@@ -233,7 +233,7 @@ func (l *epollLoop) run() {
 		n := l.wait(wait, nextTick)
 		l.sleeping.Store(false)
 		l.share = min(max(1, roundReads/max(1, n+len(l.ready))), mostReads)
-		t.now = l.relay.now()
+		w.now = l.relay.now()
 		for i := range n {
 			l.serve(&l.told[i])
 		}
@@ -242,15 +242,15 @@ func (l *epollLoop) run() {
 		l.inbox = nil
 		l.mu.Unlock()
 		for _, c := range posted {
-			c.unpause(t.now)
+			c.unpause(w.now)
 			l.read(c)
 		}
 		l.readOn()
-		t.flush()
-		if t.now >= nextTick {
-			l.each(func(c *conn) { c.tick(t) })
-			t.flush()
-			nextTick = t.now + l.relay.tick
+		w.flush()
+		if w.now >= nextTick {
+			l.each(func(c *conn) { c.checkTimeouts(w) })
+			w.flush()
+			nextTick = w.now + l.relay.tick
 		}
 	}
 }
@@ -347,9 +347,9 @@ func (l *epollLoop) read(c *conn) {
 	if s.fd < 0 {
 		return
 	}
-	t := &l.batch
-	if c.rest != nil && !c.paused {
-		c.feed(t, nil)
+	w := &l.batch
+	if c.unparsed != nil && !c.paused {
+		c.receive(w, nil)
 	}
 	for range l.share {
 		if c.paused {
@@ -368,12 +368,12 @@ func (l *epollLoop) read(c *conn) {
 			return
 		}
 		if k := min(n, len(into)); k > 0 {
-			c.filled(t, k)
+			c.filled(w, k)
 		}
 		if n > len(into) {
-			c.feed(t, l.buf[:n-len(into)])
+			c.receive(w, l.buf[:n-len(into)])
 		}
-		c.heard(t)
+		c.markAlive(w)
 		// Less than there was room for: the socket is empty (epoll(7)), unless
 		// the end of the stream is behind it.
 		if n < len(into)+len(l.buf) && !s.hup {

@@ -38,17 +38,17 @@ func TestReadyTakeTurns(t *testing.T) {
 func TestGoneBeforeItsSession(t *testing.T) {
 	t.Parallel()
 	r := startRelay(t, testOptions())
-	for l, serve := range map[leg]func(caller, net.Conn, []byte, []byte){legBinary: r.serveBinary, legPhone: r.servePhone} {
+	for role, serve := range map[role]func(caller, net.Conn, []byte, []byte){roleBinary: r.serveBinary, rolePhone: r.servePhone} {
 		nc := &accepted{fd: -1}
-		if !r.enter(l) || !r.limits.acquireConn() {
+		if !r.enter(role) || !r.limits.acquireConn() {
 			t.Fatal("no room")
 		}
 		serve(caller{serverID: "gone"}, nc, nil, nil)
-		if failed, accepted := r.metrics.upgrades[l][upgradeFailed].Load(), r.metrics.upgrades[l][upgradeAccepted].Load(); failed != 1 || accepted != 0 {
-			t.Errorf("%v: %d failed and %d accepted, want 1 and 0", l, failed, accepted)
+		if failed, accepted := r.metrics.upgrades[role][upgradeFailed].Load(), r.metrics.upgrades[role][upgradeAccepted].Load(); failed != 1 || accepted != 0 {
+			t.Errorf("%v: %d failed and %d accepted, want 1 and 0", role, failed, accepted)
 		}
-		if n := r.count(l); n != 0 || r.limits.current.Load() != 0 {
-			t.Errorf("%v: %d are counted, %d connections", l, n, r.limits.current.Load())
+		if n := r.count(role); n != 0 || r.limits.current.Load() != 0 {
+			t.Errorf("%v: %d are counted, %d connections", role, n, r.limits.current.Load())
 		}
 	}
 }

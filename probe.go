@@ -148,7 +148,7 @@ func (p *probe) run(ctx context.Context) bool {
 
 func (p *probe) steps(ctx context.Context) {
 	p.shows.tick("opening a connection")
-	claim, err := p.open(ctx, legBinary)
+	claim, err := p.open(ctx, roleBinary)
 	p.path(claim, err)
 	if claim == nil {
 		return
@@ -157,7 +157,7 @@ func (p *probe) steps(ctx context.Context) {
 	defer echo.Wait()
 	defer claim.close()
 	if err := claim.settled(); err != nil {
-		p.fail("claim", explain(p.base, err))
+		p.fail("claim", diagnose(p.base, err))
 		return
 	}
 	p.pass("claim", "a binary's claim of the server-id "+p.id+" is taken")
@@ -176,7 +176,7 @@ func (p *probe) steps(ctx context.Context) {
 }
 
 func (p *probe) pass(name, detail string) { p.add(probeStep{name, stepOK, detail, ""}) }
-func (p *probe) fail(name string, f fault) {
+func (p *probe) fail(name string, f diagnosis) {
 	p.add(probeStep{name, stepFail, f.what, f.remedy})
 }
 
@@ -189,12 +189,12 @@ func (p *probe) add(s probeStep) {
 }
 
 // open dials, and waits where the relay's rate limit says so.
-func (p *probe) open(ctx context.Context, l leg) (*wsPeer, error) {
+func (p *probe) open(ctx context.Context, role role) (*wsPeer, error) {
 	for {
-		peer, err := p.dialer.dial(ctx, l, p.id, "")
+		peer, err := p.dialer.dial(ctx, role, p.id, "")
 		var failed *dialError
-		if errors.As(err, &failed) && failed.trip.answer != nil && failed.trip.answer.code == http.StatusTooManyRequests {
-			s, convErr := strconv.Atoi(failed.trip.answer.header.Get("Retry-After"))
+		if errors.As(err, &failed) && failed.trace.answer != nil && failed.trace.answer.code == http.StatusTooManyRequests {
+			s, convErr := strconv.Atoi(failed.trace.answer.header.Get("Retry-After"))
 			if wait := time.Duration(s) * time.Second; convErr == nil && wait > 0 && wait <= maxRateWait {
 				p.shows.note(fmt.Sprintf("the relay lets only so many connections in from one address: waiting %v for the next", wait))
 				again := time.NewTimer(wait)

@@ -163,7 +163,7 @@ func TestProbeWaitsForItsTurn(t *testing.T) {
 	if !p.ok || !strings.Contains(p.step("join").Detail, "2 of 2") {
 		t.Errorf("rate limited, and:\n%s", p.text)
 	}
-	refused := r.metrics.upgrades[legPhone][upgradeRateLimited].Load()
+	refused := r.metrics.upgrades[rolePhone][upgradeRateLimited].Load()
 	if refused > 1 {
 		t.Errorf("refused %d times: it does not wait", refused)
 	}
@@ -184,7 +184,7 @@ func TestProbeLeavesHalfTheBurst(t *testing.T) {
 		if code := run(t.Context(), []string{"probe", "ws://" + r.addr}, nil, &out, &progress); code != exitStopped || progress.Len() > 0 {
 			t.Errorf("probe %d: exit code %d, progress %q:\n%s", i+1, code, progress.String(), out.String())
 		}
-		used := r.metrics.upgrades[legBinary][upgradeAccepted].Load() + r.metrics.upgrades[legPhone][upgradeAccepted].Load()
+		used := r.metrics.upgrades[roleBinary][upgradeAccepted].Load() + r.metrics.upgrades[rolePhone][upgradeAccepted].Load()
 		if most := int64((i + 1) * o.rateBurst / 2); used > most {
 			t.Errorf("after probe %d: %d upgrades were asked for, want %d at most", i+1, used, most)
 		}

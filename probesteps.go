@@ -18,20 +18,20 @@ import (
 
 // path says how the first connection came through, step by step.
 func (p *probe) path(peer *wsPeer, err error) {
-	t := (*trip)(nil)
+	t := (*dialTrace)(nil)
 	failedAt := dialStepCount
 	var failed *dialError
 	if errors.As(err, &failed) {
-		t, failedAt = failed.trip, failed.step
+		t, failedAt = failed.trace, failed.step
 	} else {
-		t = peer.trip
+		t = peer.dialTrace
 	}
 	for step := range dialStepCount {
 		switch {
 		case step == stepTLS && p.base.Scheme == "ws":
 			p.add(probeStep{step.String(), stepSkipped, "ws:// has none: put a TLS proxy in front before others use it", ""})
 		case step == failedAt:
-			p.fail(step.String(), explain(p.base, err))
+			p.fail(step.String(), diagnose(p.base, err))
 			return
 		default:
 			p.way(step, t)
@@ -41,7 +41,7 @@ func (p *probe) path(peer *wsPeer, err error) {
 }
 
 // way is a step that worked.
-func (p *probe) way(step dialStep, t *trip) {
+func (p *probe) way(step dialStep, t *dialTrace) {
 	took := brief(t.took[step])
 	switch step {
 	case stepDNS:
@@ -64,7 +64,7 @@ func (p *probe) way(step dialStep, t *trip) {
 }
 
 // certificate tells when the chain's first certificate ends.
-func (p *probe) certificate(t *trip, took string) {
+func (p *probe) certificate(t *dialTrace, took string) {
 	c := t.tls.PeerCertificates[0]
 	left := time.Until(c.NotAfter)
 	for _, up := range t.tls.VerifiedChains[0][1:] {
@@ -122,7 +122,7 @@ func (p *probe) joins(ctx context.Context, claim *wsPeer) (kept *wsPeer) {
 	joined, astray, failed := 0, 0, 0
 	for i := range p.n - 1 {
 		p.shows.tick(fmt.Sprintf("connection %d of %d", i+2, p.n))
-		ph, err := p.open(ctx, legPhone)
+		ph, err := p.open(ctx, rolePhone)
 		who, known := p.meet(ph, err)
 		if err == nil {
 			err = ph.roundTrip([]byte(`"hello"`))
@@ -150,11 +150,11 @@ func (p *probe) joins(ctx context.Context, claim *wsPeer) (kept *wsPeer) {
 	phones := fmt.Sprintf("%d of %d phones reached the binary", joined, p.n-1)
 	switch {
 	case astray > 0:
-		p.fail("join", fault{fmt.Sprintf("%s; %d did not, although it is there (%v)", phones, astray, lost),
+		p.fail("join", diagnosis{fmt.Sprintf("%s; %d did not, although it is there (%v)", phones, astray, lost),
 			"run exactly one relay behind this name: those phones came to another one"})
 	case failed > 0:
-		f := explain(p.base, broken)
-		p.fail("join", fault{phones + "; the first that did not: " + f.what, f.remedy})
+		f := diagnose(p.base, broken)
+		p.fail("join", diagnosis{phones + "; the first that did not: " + f.what, f.remedy})
 	default:
 		p.pass("join", phones)
 	}
@@ -168,7 +168,7 @@ func (p *probe) measure(ph *wsPeer) {
 	for i := range roundTrips {
 		began := time.Now()
 		if err := ph.roundTrip(fmt.Appendf(nil, `{"probe":%d}`, i)); err != nil {
-			p.fail("round trip", explain(p.base, err))
+			p.fail("round trip", diagnose(p.base, err))
 			return
 		}
 		took = append(took, time.Since(began))
@@ -187,8 +187,8 @@ func (p *probe) large(ph *wsPeer) {
 	p.shows.tick("sending 200 KiB")
 	began := time.Now()
 	if err := ph.roundTrip(frame); err != nil {
-		f := explain(p.base, err)
-		p.fail("large frame", fault{"200 KiB: " + f.what, "raise what limits messages in the proxy, and -max-frame if it is under 262144; " + f.remedy})
+		f := diagnose(p.base, err)
+		p.fail("large frame", diagnosis{"200 KiB: " + f.what, "raise what limits messages in the proxy, and -max-frame if it is under 262144; " + f.remedy})
 		return
 	}
 	p.pass("large frame", "200 KiB there and back in "+brief(time.Since(began)))
@@ -217,9 +217,9 @@ func (p *probe) instances() {
 	detail := strings.Join(each, "; ")
 	switch {
 	case len(p.met) > 1:
-		p.fail("instances", fault{detail, "stop all but one of these relays (/healthz shows each one's id): they do not know of each other's binaries, so phones get 4404"})
+		p.fail("instances", diagnosis{detail, "stop all but one of these relays (/healthz shows each one's id): they do not know of each other's binaries, so phones get 4404"})
 	case len(p.met) == 1 && p.silent > 0:
-		p.fail("instances", fault{detail, "find what else answers to this name, and take it away"})
+		p.fail("instances", diagnosis{detail, "find what else answers to this name, and take it away"})
 	case len(p.met) == 0:
 		p.add(probeStep{"instances", stepWarn, detail, "see the step headers"})
 	default:
@@ -243,9 +243,9 @@ func (p *probe) quiet(ctx context.Context, claim, ph *wsPeer) {
 		remedy := "raise the proxy's timeout for idle WebSockets well over the relay's -ping of 30s (nginx: proxy_read_timeout and proxy_send_timeout 1h; HAProxy: timeout tunnel 1h)"
 		var end *endError
 		if errors.As(err, &end) && end.code == int(endShutdown.code()) { // said so: no timeout
-			remedy = explainEnd(err).remedy
+			remedy = diagnoseEnd(err).remedy
 		}
-		p.fail("idle", fault{fmt.Sprintf("the %s connection was cut after %s of silence: %v", who, brief(time.Since(began)), err), remedy})
+		p.fail("idle", diagnosis{fmt.Sprintf("the %s connection was cut after %s of silence: %v", who, brief(time.Since(began)), err), remedy})
 	}
 	for {
 		select {

@@ -64,12 +64,12 @@ func paceFrom(env map[string]string) (checkPace, error) {
 }
 
 // finding is what one round found.
-type finding struct {
-	verdict publicVerdict // verified, split, not-a-relay or unreachable
-	others  []rival       // of a split: who else answers, the oldest first, without those that do not say who they are
-	fault   fault         // of the rest
-	joins   int           // phones that tried
-	failed  int           // of them
+type roundResult struct {
+	verdict   publicVerdict // verified, split, not-a-relay or unreachable
+	others    []rival       // of a split: who else answers, the oldest first, without those that do not say who they are
+	diagnosis diagnosis     // of the rest
+	joins     int           // phones that tried
+	failed    int           // of them
 }
 
 // publicCheck checks the public name until its context ends.
@@ -82,7 +82,7 @@ type publicCheck struct {
 	pace   checkPace
 	state  *instanceState
 	log    *slog.Logger
-	round  func(ctx context.Context, joins int) finding
+	round  func(ctx context.Context, joins int) roundResult
 	leave  chan error // says that this process must give way
 
 	cancel context.CancelFunc
@@ -91,11 +91,11 @@ type publicCheck struct {
 	// Owned by run.
 	suspected bool // the last round saw a split, the one before did not
 	changed   time.Time
-	seen      map[string]*sighting // by id: other relays, since the split began
+	seen      map[string]*observation // by id: other relays, since the split began
 }
 
 // sighting is another relay that answers to our name.
-type sighting struct {
+type observation struct {
 	since  time.Time // when it was seen first
 	rounds int       // in a row in which it was the one to stay
 	first  time.Time // when the first of them was judged
@@ -157,7 +157,7 @@ func (c *publicCheck) run(ctx context.Context) {
 // judge makes a verdict of a finding. An error names the relay for which this one
 // gives way. One round alone is no split: while a relay is replaced
 // both answer for a moment.
-func (c *publicCheck) judge(f finding, now time.Time) error {
+func (c *publicCheck) judge(f roundResult, now time.Time) error {
 	_, was := c.state.verdicts()
 	if f.verdict == publicSplit && was != publicSplit && !c.suspected {
 		c.suspected = true
@@ -190,7 +190,7 @@ func (c *publicCheck) judge(f finding, now time.Time) error {
 // who holds users' binaries, counts for splitDoubts times c.pace.over only.
 func (c *publicCheck) sight(others []rival, now time.Time) error {
 	if c.seen == nil {
-		c.seen = map[string]*sighting{}
+		c.seen = map[string]*observation{}
 	}
 	var stays *rival
 	var why string
@@ -198,7 +198,7 @@ func (c *publicCheck) sight(others []rival, now time.Time) error {
 		o := &others[i]
 		s := c.seen[o.id]
 		if s == nil {
-			s = &sighting{since: now}
+			s = &observation{since: now}
 			c.seen[o.id] = s
 		}
 		gives, reason := o.prevails(c.me, now.Sub(s.since) >= splitDoubts*c.pace.over)
@@ -234,7 +234,7 @@ func (c *publicCheck) sight(others []rival, now time.Time) error {
 }
 
 // report logs a verdict that is new.
-func (c *publicCheck) report(f finding, now time.Time) {
+func (c *publicCheck) report(f roundResult, now time.Time) {
 	switch f.verdict {
 	case publicVerified:
 		c.log.Info("public name verified: it leads to this relay and to no other", "url", c.url, "phones", f.joins)
@@ -255,14 +255,14 @@ func (c *publicCheck) report(f finding, now time.Time) {
 		c.log.Error("multi-instance deploy detected: another relay answers to the public name, and a phone that lands on the wrong one gets 4404 although its binary is online: run exactly one",
 			args...)
 	case publicNotARelay:
-		c.log.Warn("public name not verified: something that is not this relay answers", "url", c.url, "found", f.fault.what, "remedy", f.fault.remedy, "phones", f.joins, "failed", f.failed)
+		c.log.Warn("public name not verified: something that is not this relay answers", "url", c.url, "found", f.diagnosis.what, "remedy", f.diagnosis.remedy, "phones", f.joins, "failed", f.failed)
 	case publicUnreachable:
 		if f.failed < f.joins {
-			c.log.Warn("public name not verified: some of the connections through it fail", "url", c.url, "found", f.fault.what, "remedy", f.fault.remedy, "phones", f.joins, "failed", f.failed)
+			c.log.Warn("public name not verified: some of the connections through it fail", "url", c.url, "found", f.diagnosis.what, "remedy", f.diagnosis.remedy, "phones", f.joins, "failed", f.failed)
 			return
 		}
 		c.log.Warn("public name not verified: this relay does not reach itself through it, and serves on; behind a home router (hairpin NAT, split DNS) that is common, and no harm if peers do",
-			"url", c.url, "found", f.fault.what, "remedy", f.fault.remedy, "phones", f.joins, "failed", f.failed)
+			"url", c.url, "found", f.diagnosis.what, "remedy", f.diagnosis.remedy, "phones", f.joins, "failed", f.failed)
 	}
 }
 

@@ -46,20 +46,20 @@ func yielding(o rival) rival     { o.theirs.yields = true; return o }
 func ofOldVersion(o rival) rival { o.told, o.theirs = false, standing{}; return o }
 
 // the rounds of a script
-func allMine() finding { return finding{verdict: publicVerified, joins: 4} }
-func splitWith(others ...rival) finding {
-	return finding{verdict: publicSplit, others: others, joins: 4}
+func allMine() roundResult { return roundResult{verdict: publicVerified, joins: 4} }
+func splitWith(others ...rival) roundResult {
+	return roundResult{verdict: publicSplit, others: others, joins: 4}
 }
-func astray() finding {
-	return finding{verdict: publicNotARelay, fault: fault{"a web server", "move it"}}
+func astray() roundResult {
+	return roundResult{verdict: publicNotARelay, diagnosis: diagnosis{"a web server", "move it"}}
 }
-func noWay() finding {
-	return finding{verdict: publicUnreachable, fault: fault{"nobody answers", "open the port"}}
+func noWay() roundResult {
+	return roundResult{verdict: publicUnreachable, diagnosis: diagnosis{"nobody answers", "open the port"}}
 }
 
 // runCheck lets a check go through a script of rounds; the last goes on for ever,
 // until there were as many rounds as asked for.
-func runCheck(t *testing.T, rounds int, bypass bool, script ...finding) (got checkRun) {
+func runCheck(t *testing.T, rounds int, bypass bool, script ...roundResult) (got checkRun) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		var logs logBuffer
@@ -74,14 +74,14 @@ func runCheck(t *testing.T, rounds int, bypass bool, script ...finding) (got che
 			_, v := c.state.verdicts()
 			got.verdicts = append(got.verdicts, v)
 		}
-		c.round = func(_ context.Context, joins int) finding {
+		c.round = func(_ context.Context, joins int) roundResult {
 			n := len(got.at)
 			if n > 0 {
 				note()
 			}
 			if n == rounds {
 				cancel()
-				return finding{}
+				return roundResult{}
 			}
 			got.at = append(got.at, time.Since(began))
 			got.joins = append(got.joins, joins)
@@ -152,63 +152,63 @@ func TestPublicCheckVerdicts(t *testing.T) {
 		name   string
 		rounds int
 		bypass bool
-		script []finding
+		script []roundResult
 		want   string // verdicts
 		levels string // of the log, in order
 		left   *rival
 	}{
-		{name: "verified is said once", rounds: 4, script: []finding{allMine()},
+		{name: "verified is said once", rounds: 4, script: []roundResult{allMine()},
 			want: "verified verified verified verified", levels: "INFO"},
-		{name: "every change is said", rounds: 6, script: []finding{noWay(), noWay(), astray(), allMine(), noWay(), allMine()},
+		{name: "every change is said", rounds: 6, script: []roundResult{noWay(), noWay(), astray(), allMine(), noWay(), allMine()},
 			want: "unreachable unreachable not-a-relay verified unreachable verified", levels: "WARN WARN INFO WARN INFO"},
-		{name: "one split round is an overlap", rounds: 4, script: []finding{allMine(), splitWith(older), allMine()},
+		{name: "one split round is an overlap", rounds: 4, script: []roundResult{allMine(), splitWith(older), allMine()},
 			want: "verified verified verified verified", levels: "INFO INFO"},
-		{name: "at the start, too", rounds: 2, script: []finding{splitWith(older), allMine()},
+		{name: "at the start, too", rounds: 2, script: []roundResult{splitWith(older), allMine()},
 			want: "pending verified", levels: "INFO INFO"},
-		{name: "the older stays", rounds: 100, script: []finding{splitWith(younger)},
+		{name: "the older stays", rounds: 100, script: []roundResult{splitWith(younger)},
 			want: "pending" + strings.Repeat(" split", 99), levels: "INFO ERROR"},
-		{name: "the younger leaves", rounds: 100, script: []finding{splitWith(older)},
+		{name: "the younger leaves", rounds: 100, script: []roundResult{splitWith(older)},
 			left: &older, levels: "INFO ERROR"},
-		{name: "of several the oldest is named", rounds: 100, script: []finding{splitWith(oldest, older, younger)},
+		{name: "of several the oldest is named", rounds: 100, script: []roundResult{splitWith(oldest, older, younger)},
 			left: &oldest, levels: "INFO ERROR"},
-		{name: "bypass goes on", rounds: 100, bypass: true, script: []finding{splitWith(older)},
+		{name: "bypass goes on", rounds: 100, bypass: true, script: []roundResult{splitWith(older)},
 			want: "pending" + strings.Repeat(" split", 99), levels: "INFO ERROR"},
-		{name: "equal times, smaller id stays", rounds: 50, script: []finding{splitWith(anotherRelay("cc00000000000000", 72*time.Hour, 900*time.Millisecond))},
+		{name: "equal times, smaller id stays", rounds: 50, script: []roundResult{splitWith(anotherRelay("cc00000000000000", 72*time.Hour, 900*time.Millisecond))},
 			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
-		{name: "equal times, greater id leaves", rounds: 50, script: []finding{splitWith(anotherRelay("aa00000000000000", 72*time.Hour, -900*time.Millisecond))},
+		{name: "equal times, greater id leaves", rounds: 50, script: []roundResult{splitWith(anotherRelay("aa00000000000000", 72*time.Hour, -900*time.Millisecond))},
 			left: &rival{identity: identity{"aa00000000000000", myself.started.Add(72 * time.Hour)}}, levels: "INFO ERROR"},
-		{name: "a newcomer with a clock in the past", rounds: 50, script: []finding{splitWith(anotherRelay("aa00000000000000", -72*time.Hour, -time.Minute))},
+		{name: "a newcomer with a clock in the past", rounds: 50, script: []roundResult{splitWith(anotherRelay("aa00000000000000", -72*time.Hour, -time.Minute))},
 			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
-		{name: "an elder with a clock in the future", rounds: 50, script: []finding{splitWith(anotherRelay("cc00000000000000", 72*time.Hour, time.Minute))},
+		{name: "an elder with a clock in the future", rounds: 50, script: []roundResult{splitWith(anotherRelay("cc00000000000000", 72*time.Hour, time.Minute))},
 			left: &rival{identity: identity{"cc00000000000000", myself.started.Add(72 * time.Hour)}}, levels: "INFO ERROR"},
-		{name: "users beat age", rounds: 50, script: []finding{splitWith(withUsers(younger))},
+		{name: "users beat age", rounds: 50, script: []roundResult{splitWith(withUsers(younger))},
 			left: &younger, levels: "INFO ERROR"},
-		{name: "users here beat age", rounds: 12, script: []finding{splitWith(besideUsers(older))},
+		{name: "users here beat age", rounds: 12, script: []roundResult{splitWith(besideUsers(older))},
 			want: "pending" + strings.Repeat(" split", 11), levels: "INFO ERROR"},
-		{name: "users do not keep two for ever", rounds: 50, script: []finding{splitWith(besideUsers(older))},
+		{name: "users do not keep two for ever", rounds: 50, script: []roundResult{splitWith(besideUsers(older))},
 			left: &older, levels: "INFO ERROR"},
-		{name: "users on both sides", rounds: 50, script: []finding{splitWith(withUsers(besideUsers(older)))},
+		{name: "users on both sides", rounds: 50, script: []roundResult{splitWith(withUsers(besideUsers(older)))},
 			left: &older, levels: "INFO ERROR"},
-		{name: "one that yields is not followed", rounds: 50, script: []finding{splitWith(yielding(older))},
+		{name: "one that yields is not followed", rounds: 50, script: []roundResult{splitWith(yielding(older))},
 			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
-		{name: "both yield, greater id leaves", rounds: 50, script: []finding{splitWith(older), splitWith(yielding(older))},
+		{name: "both yield, greater id leaves", rounds: 50, script: []roundResult{splitWith(older), splitWith(yielding(older))},
 			left: &older, levels: "INFO ERROR"},
-		{name: "both yield, smaller id stays", rounds: 50, script: []finding{splitWith(oldest), splitWith(yielding(oldest))},
+		{name: "both yield, smaller id stays", rounds: 50, script: []roundResult{splitWith(oldest), splitWith(yielding(oldest))},
 			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
-		{name: "older version, earlier by its clock", rounds: 50, script: []finding{splitWith(ofOldVersion(younger))},
+		{name: "older version, earlier by its clock", rounds: 50, script: []roundResult{splitWith(ofOldVersion(younger))},
 			left: &younger, levels: "INFO ERROR"},
-		{name: "older version, later by its clock", rounds: 50, script: []finding{splitWith(ofOldVersion(older))},
+		{name: "older version, later by its clock", rounds: 50, script: []roundResult{splitWith(ofOldVersion(older))},
 			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
-		{name: "a split that heals starts anew", rounds: 6, script: []finding{splitWith(older), splitWith(older), splitWith(older), allMine(), splitWith(older), allMine()},
+		{name: "a split that heals starts anew", rounds: 6, script: []roundResult{splitWith(older), splitWith(older), splitWith(older), allMine(), splitWith(older), allMine()},
 			want: "pending split split verified verified verified", levels: "INFO ERROR INFO INFO"},
-		{name: "an older one that is gone", rounds: 50, script: []finding{splitWith(older), splitWith(older), splitWith(younger)},
+		{name: "an older one that is gone", rounds: 50, script: []roundResult{splitWith(older), splitWith(older), splitWith(younger)},
 			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
-		{name: "one after the other, as in a rolling update", rounds: 7, script: []finding{
+		{name: "one after the other, as in a rolling update", rounds: 7, script: []roundResult{
 			splitWith(older), splitWith(older), splitWith(oldest), splitWith(oldest), splitWith(younger), splitWith(younger), allMine()},
 			want: "pending split split split split split verified", levels: "INFO ERROR INFO"},
-		{name: "an older one seen twice only", rounds: 50, script: []finding{splitWith(older), splitWith(younger), splitWith(younger), splitWith(younger), splitWith(younger), splitWith(older), splitWith(younger)},
+		{name: "an older one seen twice only", rounds: 50, script: []roundResult{splitWith(older), splitWith(younger), splitWith(younger), splitWith(younger), splitWith(younger), splitWith(older), splitWith(younger)},
 			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
-		{name: "one that does not say who it is", rounds: 50, script: []finding{splitWith()},
+		{name: "one that does not say who it is", rounds: 50, script: []roundResult{splitWith()},
 			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
 	}
 	for _, tt := range tests {
@@ -313,7 +313,7 @@ func (p relayPair) play(t *testing.T, random *rand.Rand, most time.Duration) (le
 			me: who(i), began: began, url: "wss://relay.test", pace: defaultPace(), state: newInstanceState(),
 			log: slog.New(slog.DiscardHandler), leave: make(chan error, 1),
 		}
-		checks[i].round = func(ctx context.Context, _ int) finding {
+		checks[i].round = func(ctx context.Context, _ int) roundResult {
 			o := rival{identity: who(1 - i), asked: time.Now(), told: true, mine: standingOf(i)}
 			time.Sleep(upTo(p.wire / 2))
 			if gone[1-i].Load() {
@@ -456,7 +456,7 @@ func TestPublicCheckSaysWhatComesNext(t *testing.T) {
 			}
 		}
 	}
-	partly := finding{verdict: publicUnreachable, joins: 8, failed: 4, fault: fault{"refused", "start it"}}
+	partly := roundResult{verdict: publicUnreachable, joins: 8, failed: 4, diagnosis: diagnosis{"refused", "start it"}}
 	if r := runCheck(t, 1, false, partly); !strings.Contains(r.logs, "some of the connections") || strings.Contains(r.logs, "harmless") {
 		t.Errorf("half of the phones fail, and the log says:\n%s", r.logs)
 	}

@@ -44,8 +44,8 @@ type publicPath struct {
 }
 
 // reach is whom one connection reached.
-type reach struct {
-	kind reachKind
+type outcome struct {
+	kind outcomeKind
 	who  rival // of reachOther; zero if it does not say
 	err  error // of reachStranger and reachNobody
 }
@@ -87,17 +87,17 @@ func (o *rival) age(now time.Time) time.Duration {
 	return now.Sub(o.started)
 }
 
-type reachKind uint8
+type outcomeKind uint8
 
 const (
-	reachMe reachKind = iota
-	reachOther
-	reachStranger // an answer, and not of a relay that says so
-	reachNobody
+	outcomeMe outcomeKind = iota
+	outcomeOther
+	outcomeStranger // an answer, and not of a relay that says so
+	outcomeNobody
 )
 
 // tally adds up what a round's connections reached.
-type tally struct {
+type roundTally struct {
 	base      *url.URL
 	joins     int
 	failed    int
@@ -107,55 +107,55 @@ type tally struct {
 	unreached error
 }
 
-func (t *tally) add(r reach) {
+func (t *roundTally) add(r outcome) {
 	switch r.kind {
-	case reachOther:
+	case outcomeOther:
 		t.split = true
 		if r.who.id != "" {
 			t.others = slices.DeleteFunc(t.others, func(o rival) bool { return o.id == r.who.id })
 			t.others = append(t.others, r.who)
 		}
-	case reachStranger:
+	case outcomeStranger:
 		t.stranger = cmp.Or(t.stranger, r.err)
-	case reachNobody:
+	case outcomeNobody:
 		t.unreached = cmp.Or(t.unreached, r.err)
 	}
 }
 
 // finding is the verdict: what is worst to miss comes first.
-func (t *tally) finding() finding {
-	f := finding{verdict: publicVerified, joins: t.joins, failed: t.failed}
+func (t *roundTally) result() roundResult {
+	f := roundResult{verdict: publicVerified, joins: t.joins, failed: t.failed}
 	switch {
 	case t.split:
 		now := time.Now()
 		slices.SortFunc(t.others, func(a, b rival) int { return cmp.Compare(b.age(now), a.age(now)) })
 		f.verdict, f.others = publicSplit, t.others
 	case t.stranger != nil:
-		f.verdict, f.fault = publicNotARelay, explain(t.base, t.stranger)
+		f.verdict, f.diagnosis = publicNotARelay, diagnose(t.base, t.stranger)
 	case t.unreached != nil:
-		f.verdict, f.fault = publicUnreachable, explain(t.base, t.unreached)
+		f.verdict, f.diagnosis = publicUnreachable, diagnose(t.base, t.unreached)
 	}
 	return f
 }
 
 // round looks once, with a number of phones.
-func (p *publicPath) round(ctx context.Context, joins int) finding {
+func (p *publicPath) round(ctx context.Context, joins int) roundResult {
 	p.dialer.base = p.base
-	t := &tally{base: p.base}
-	var elsewhere []reach
+	t := &roundTally{base: p.base}
+	var elsewhere []outcome
 	for misses := 0; len(elsewhere)+misses < maxClaims && misses < maxMisses && ctx.Err() == nil; {
 		follow := elsewhereJoins
 		if len(elsewhere) >= elsewhereLooks {
 			follow = 0
 		}
 		switch r := p.tryID(ctx, joins, follow, t); r.kind {
-		case reachMe:
-			return t.finding()
-		case reachOther:
+		case outcomeMe:
+			return t.result()
+		case outcomeOther:
 			elsewhere = append(elsewhere, r)
 			if t.split {
 				t.add(r)
-				return t.finding()
+				return t.result()
 			}
 		default:
 			misses++
@@ -166,52 +166,52 @@ func (p *publicPath) round(ctx context.Context, joins int) finding {
 	for _, r := range elsewhere {
 		t.add(r)
 	}
-	return t.finding()
+	return t.result()
 }
 
 // tryID claims a new server-id and joins it, with so many phones if the claim is
 // held here, and so many if it is elsewhere. It returns whom the claim reached;
 // the phones go into t.
-func (p *publicPath) tryID(ctx context.Context, joins, follow int, t *tally) reach {
+func (p *publicPath) tryID(ctx context.Context, joins, follow int, t *roundTally) outcome {
 	id := probeID()
 	defer p.keys.revoke(id)
-	claim, at := p.open(ctx, legBinary, id)
+	claim, at := p.open(ctx, roleBinary, id)
 	var echo sync.WaitGroup
 	defer echo.Wait()
 	if claim != nil {
 		defer claim.close()
-		if at.kind == reachStranger {
+		if at.kind == outcomeStranger {
 			return at
 		}
 		if err := claim.settled(); err != nil {
 			claim.close()
 			claim = nil
-			if at.kind == reachMe {
+			if at.kind == outcomeMe {
 				// The name leads here, and on the way frames are lost.
-				return reach{kind: reachNobody, err: err}
+				return outcome{kind: outcomeNobody, err: err}
 			}
 		} else {
 			echo.Go(claim.echo) // until claim is closed
 		}
 	}
 	switch at.kind {
-	case reachMe:
+	case outcomeMe:
 		for range joins {
 			p.rest(ctx)
 			r := p.join(ctx, id, claim)
 			t.joins++
-			if r.kind != reachMe {
+			if r.kind != outcomeMe {
 				t.failed++
 			}
 			t.add(r)
 		}
-	case reachOther:
+	case outcomeOther:
 		for range follow {
 			p.rest(ctx)
 			switch r := p.join(ctx, id, nil); {
-			case r.kind == reachMe:
+			case r.kind == outcomeMe:
 				t.split = true // the claim is over there, and this phone is here
-			case r.kind == reachOther && r.who.id != at.who.id:
+			case r.kind == outcomeOther && r.who.id != at.who.id:
 				t.add(r)
 			}
 		}
@@ -220,25 +220,25 @@ func (p *publicPath) tryID(ctx context.Context, joins, follow int, t *tally) rea
 }
 
 // open dials one leg and tells who answered. The session is nil where there is none.
-func (p *publicPath) open(ctx context.Context, l leg, id string) (*wsPeer, reach) {
+func (p *publicPath) open(ctx context.Context, role role, id string) (*wsPeer, outcome) {
 	nonce := p.keys.issue(id)
-	peer, err := p.dialer.dial(ctx, l, id, nonce)
+	peer, err := p.dialer.dial(ctx, role, id, nonce)
 	a := answerOf(peer, err)
 	who, ok := a.identity()
 	switch {
 	case ok && who.id == p.me.id && err != nil && (a.code == http.StatusBadRequest || a.code == http.StatusUpgradeRequired):
-		return nil, reach{kind: reachNobody, err: err} // peers get no further: something on the way takes headers away
+		return nil, outcome{kind: outcomeNobody, err: err} // peers get no further: something on the way takes headers away
 	case ok && who.id == p.me.id, !ok && a != nil && !p.keys.unused(nonce): // a proxy may take the header away
-		return peer, reach{kind: reachMe}
+		return peer, outcome{kind: outcomeMe}
 	case ok:
-		return peer, reach{kind: reachOther, who: p.beside(who, a)}
+		return peer, outcome{kind: outcomeOther, who: p.beside(who, a)}
 	case a != nil:
 		if err == nil {
 			err = fmt.Errorf("%s comes without %s: a relay of an older version, or a proxy that takes that header away", quote(a.status), instanceHeader)
 		}
-		return peer, reach{kind: reachStranger, err: err}
+		return peer, outcome{kind: outcomeStranger, err: err}
 	}
-	return nil, reach{kind: reachNobody, err: err}
+	return nil, outcome{kind: outcomeNobody, err: err}
 }
 
 // beside holds what another relay says of itself against this one at that moment.
@@ -251,25 +251,25 @@ func (p *publicPath) beside(who identity, a *answer) rival {
 
 // join is one phone. With a claim that is held here, it must get a frame there
 // and back.
-func (p *publicPath) join(ctx context.Context, id string, claim *wsPeer) reach {
-	ph, r := p.open(ctx, legPhone, id)
+func (p *publicPath) join(ctx context.Context, id string, claim *wsPeer) outcome {
+	ph, r := p.open(ctx, rolePhone, id)
 	if ph == nil {
 		return r
 	}
 	defer ph.close()
-	if claim == nil || r.kind == reachOther {
+	if claim == nil || r.kind == outcomeOther {
 		return r
 	}
 	err := ph.roundTrip([]byte(`"` + id + `"`))
 	switch {
 	case err == nil:
-		return reach{kind: reachMe} // whatever became of the header: the frame was here
-	case r.kind == reachStranger && wentAstray(err, claim):
-		return reach{kind: reachOther}
-	case r.kind == reachStranger:
+		return outcome{kind: outcomeMe} // whatever became of the header: the frame was here
+	case r.kind == outcomeStranger && wentAstray(err, claim):
+		return outcome{kind: outcomeOther}
+	case r.kind == outcomeStranger:
 		return r
 	}
-	return reach{kind: reachNobody, err: err}
+	return outcome{kind: outcomeNobody, err: err}
 }
 
 // rest is a pause of random length, so that of two relays that check at the same

@@ -18,7 +18,7 @@ import (
 // The check of the public name against real relays, through a balancer.
 
 // lookFrom makes one round as r does, through addr.
-func lookFrom(t *testing.T, r *testRelay, addr string, joins int) finding {
+func lookFrom(t *testing.T, r *testRelay, addr string, joins int) roundResult {
 	t.Helper()
 	p := &publicPath{me: r.id, standing: r.standing, base: &url.URL{Scheme: "ws", Host: addr}, keys: r.probes}
 	f := p.round(t.Context(), joins)
@@ -156,8 +156,8 @@ func TestPublicRound(t *testing.T) {
 					t.Errorf("the other is seen as %+v", o)
 				}
 			}
-			if !strings.Contains(f.fault.what, tt.what) || (tt.what == "") != (f.fault.what == "") {
-				t.Errorf("found %q, want %q in it", f.fault.what, tt.what)
+			if !strings.Contains(f.diagnosis.what, tt.what) || (tt.what == "") != (f.diagnosis.what == "") {
+				t.Errorf("found %q, want %q in it", f.diagnosis.what, tt.what)
 			}
 			if some := f.failed > 0 && f.failed < f.joins; tt.want != publicSplit && some != tt.some {
 				t.Errorf("%d of %d phones failed", f.failed, f.joins)
@@ -165,7 +165,7 @@ func TestPublicRound(t *testing.T) {
 			if tt.want == publicVerified && f.joins != firstJoins {
 				t.Errorf("%d phones joined, want %d", f.joins, firstJoins)
 			}
-			p.me.settle("the round's end", func() bool { return p.me.count(legBinary)+p.me.count(legPhone) == 0 })
+			p.me.settle("the round's end", func() bool { return p.me.count(roleBinary)+p.me.count(rolePhone) == 0 })
 		})
 	}
 }
@@ -253,19 +253,19 @@ func TestPublicRoundIsNoUser(t *testing.T) {
 	if f.verdict != publicVerified {
 		t.Fatalf("%+v", f)
 	}
-	r.settle("the round's end", func() bool { return r.count(legBinary)+r.count(legPhone) == 0 })
+	r.settle("the round's end", func() bool { return r.count(roleBinary)+r.count(rolePhone) == 0 })
 	if most != 0 {
 		t.Errorf("a gauge stood at %d meanwhile", most)
 	}
-	for l := range legCount {
+	for role := range roleCount {
 		for o := range upgradeOutcomeCount {
-			if n := r.metrics.upgrades[l][o].Load(); n != 0 {
-				t.Errorf("%d upgrades of a %v are counted as %v", n, l, o)
+			if n := r.metrics.upgrades[role][o].Load(); n != 0 {
+				t.Errorf("%d upgrades of a %v are counted as %v", n, role, o)
 			}
 		}
 		for reason := range closeReasonCount {
-			if n := r.metrics.closes[l][reason].Load(); n != 0 {
-				t.Errorf("%d ends of a %v are counted as %v", n, l, reason)
+			if n := r.metrics.closes[role][reason].Load(); n != 0 {
+				t.Errorf("%d ends of a %v are counted as %v", n, role, reason)
 			}
 		}
 	}
@@ -316,7 +316,7 @@ func TestProbeNonce(t *testing.T) {
 			t.Errorf("%s: %d, want %d", tt.name, got, tt.want)
 		}
 	}
-	if got := r.metrics.upgrades[legBinary][upgradeAccepted].Load(); got != 1 {
+	if got := r.metrics.upgrades[roleBinary][upgradeAccepted].Load(); got != 1 {
 		t.Errorf("%d upgrades are counted as accepted, want the one that is a user's", got)
 	}
 	if got := r.metrics.connectedBinaries.Load(); got != 1 {
@@ -484,9 +484,9 @@ func TestYoungerRelayLeaves(t *testing.T) {
 				return first.instance.publicWord() == "split" && strings.Contains(health(), `"instance_check":"split"`)
 			})
 			// Long enough that it would have left without the bypass.
-			seen := first.metrics.upgrades[legBinary][upgradeAccepted].Load()
+			seen := first.metrics.upgrades[roleBinary][upgradeAccepted].Load()
 			eventually(t, "ten more claims of the program's check", func() bool {
-				return first.metrics.upgrades[legBinary][upgradeAccepted].Load() >= seen+10
+				return first.metrics.upgrades[roleBinary][upgradeAccepted].Load() >= seen+10
 			})
 			cancel()
 			if got := <-code; got != exitStopped {

@@ -10,48 +10,48 @@ import "sync"
 // blockSizes are the pooled capacities. Each has head room for the frame header
 // and the envelope around a payload of a round size, so that a 64 KiB payload
 // does not take a 256 KiB block.
-var blockSizes = [...]int{1<<10 + 128, 4<<10 + 128, 16<<10 + 128, 64<<10 + 128, 256<<10 + 128}
+var bufferSizes = [...]int{1<<10 + 128, 4<<10 + 128, 16<<10 + 128, 64<<10 + 128, 256<<10 + 128}
 
 // block is a piece of buffered bytes: b[r:w] is content.
-type block struct {
-	next *block // in a queue
+type buffer struct {
+	next *buffer // in a queue
 	b    []byte
 	r, w int
 	size int8 // index in blockSizes, -1 for a capacity of its own
 }
 
-func (k *block) bytes() []byte { return k.b[k.r:k.w] }
-func (k *block) room() int     { return len(k.b) - k.w }
+func (k *buffer) bytes() []byte { return k.b[k.r:k.w] }
+func (k *buffer) room() int     { return len(k.b) - k.w }
 
 // memory hands out blocks within the budget.
-type memory struct {
+type bufferPool struct {
 	budget *budget
-	pools  [len(blockSizes)]sync.Pool
+	pools  [len(bufferSizes)]sync.Pool
 }
 
 // get returns an empty block for at least n bytes, nil when the budget is spent.
-func (m *memory) get(n int, u use) *block {
+func (m *bufferPool) get(n int, priority priority) *buffer {
 	size := int8(-1)
-	for i, c := range blockSizes {
+	for i, c := range bufferSizes {
 		if n <= c {
 			size, n = int8(i), c
 			break
 		}
 	}
-	if !m.budget.take(n, u) {
+	if !m.budget.take(n, priority) {
 		return nil
 	}
 	if size < 0 {
-		return &block{b: make([]byte, n), size: size}
+		return &buffer{b: make([]byte, n), size: size}
 	}
-	if k, _ := m.pools[size].Get().(*block); k != nil {
+	if k, _ := m.pools[size].Get().(*buffer); k != nil {
 		return k
 	}
-	return &block{b: make([]byte, n), size: size}
+	return &buffer{b: make([]byte, n), size: size}
 }
 
 // put takes a block back.
-func (m *memory) put(k *block) {
+func (m *bufferPool) put(k *buffer) {
 	m.budget.give(len(k.b))
 	if k.size >= 0 {
 		k.next, k.r, k.w = nil, 0, 0
@@ -61,11 +61,11 @@ func (m *memory) put(k *block) {
 
 // grow returns a block with k's content and room for at least n bytes in all;
 // k is given back. It returns nil, and k stays, when the budget is spent.
-func (m *memory) grow(k *block, n int, u use) *block {
+func (m *bufferPool) grow(k *buffer, n int, priority priority) *buffer {
 	if n <= len(k.b) {
 		return k
 	}
-	big := m.get(n, u)
+	big := m.get(n, priority)
 	if big == nil {
 		return nil
 	}
@@ -76,12 +76,12 @@ func (m *memory) grow(k *block, n int, u use) *block {
 
 // queue is a FIFO of bytes. The zero value is empty.
 type queue struct {
-	head, tail *block
+	head, tail *buffer
 	n          int // bytes queued
 }
 
 // add appends the parts as one, or nothing at all when the budget is spent.
-func (q *queue) add(m *memory, u use, a, b, c []byte) bool {
+func (q *queue) add(m *bufferPool, priority priority, a, b, c []byte) bool {
 	n := len(a) + len(b) + len(c)
 	room := 0
 	if q.tail != nil {
@@ -90,7 +90,7 @@ func (q *queue) add(m *memory, u use, a, b, c []byte) bool {
 	if n > room {
 		// A queue that keeps growing takes larger blocks: fewer of them to
 		// write, and a slow phone's pays for what it holds.
-		k := m.get(max(n-room, min(q.n, 64<<10)), u)
+		k := m.get(max(n-room, min(q.n, 64<<10)), priority)
 		if k == nil {
 			return false
 		}
@@ -128,7 +128,7 @@ func (q *queue) views(v [][]byte) int {
 }
 
 // discard removes n bytes from the front.
-func (q *queue) discard(m *memory, n int) {
+func (q *queue) discard(m *bufferPool, n int) {
 	q.n -= n
 	for q.head != nil {
 		k := q.head
@@ -161,4 +161,4 @@ func (q *queue) moveTo(dst *queue) {
 }
 
 // drop gives everything back.
-func (q *queue) drop(m *memory) { q.discard(m, q.n) }
+func (q *queue) drop(m *bufferPool) { q.discard(m, q.n) }

@@ -6,7 +6,7 @@ import (
 	"testing"
 )
 
-func testMemory(limit int64) *memory { return &memory{budget: &budget{limit: limit}} }
+func testMemory(limit int64) *bufferPool { return &bufferPool{budget: &budget{limit: limit}} }
 
 // TestQueue holds a queue against a slice through any order of additions and
 // removals.
@@ -29,7 +29,7 @@ func TestQueue(t *testing.T) {
 		for range 100 {
 			if random.IntN(2) == 0 {
 				a, b, c := part(), part(), part()
-				if !q.add(m, usePassing, a, b, c) {
+				if !q.add(m, priorityPassing, a, b, c) {
 					t.Fatal("nothing was added within the budget")
 				}
 				want = append(append(append(want, a...), b...), c...)
@@ -47,7 +47,7 @@ func TestQueue(t *testing.T) {
 	}
 }
 
-func checkQueue(t *testing.T, m *memory, q *queue, want []byte) {
+func checkQueue(t *testing.T, m *bufferPool, q *queue, want []byte) {
 	t.Helper()
 	if q.n != len(want) {
 		t.Fatalf("%d bytes queued, want %d", q.n, len(want))
@@ -82,19 +82,19 @@ func checkQueue(t *testing.T, m *memory, q *queue, want []byte) {
 // What does not fit leaves no trace; what is forced is charged all the same.
 func TestQueueBudget(t *testing.T) {
 	t.Parallel()
-	m := testMemory(int64(blockSizes[0]))
+	m := testMemory(int64(bufferSizes[0]))
 	var q queue
-	if !q.add(m, useBinary, []byte("head"), nil, nil) {
+	if !q.add(m, priorityBinary, []byte("head"), nil, nil) {
 		t.Fatal("the first block was refused")
 	}
-	if q.add(m, useBinary, make([]byte, blockSizes[0]/2), make([]byte, blockSizes[0]/2), nil) {
+	if q.add(m, priorityBinary, make([]byte, bufferSizes[0]/2), make([]byte, bufferSizes[0]/2), nil) {
 		t.Fatal("more than the budget was added")
 	}
 	checkQueue(t, m, &q, []byte("head"))
-	if !q.add(m, useAlways, make([]byte, blockSizes[0]), nil, nil) {
+	if !q.add(m, priorityAlways, make([]byte, bufferSizes[0]), nil, nil) {
 		t.Fatal("a forced addition was refused")
 	}
-	if m.budget.used() != 2*int64(blockSizes[0]) {
+	if m.budget.used() != 2*int64(bufferSizes[0]) {
 		t.Errorf("%d bytes charged, want two of the smallest blocks", m.budget.used())
 	}
 	q.drop(m)
@@ -108,14 +108,14 @@ func TestQueueMoveTo(t *testing.T) {
 	for _, c := range []struct{ from, to string }{{"", ""}, {"a", ""}, {"", "b"}, {"a", "b"}} {
 		m := testMemory(1 << 30)
 		var from, to queue
-		from.add(m, usePassing, []byte(c.from), nil, nil)
-		to.add(m, usePassing, []byte(c.to), nil, nil)
+		from.add(m, priorityPassing, []byte(c.from), nil, nil)
+		to.add(m, priorityPassing, []byte(c.to), nil, nil)
 		from.moveTo(&to)
 		checkQueue(t, m, &to, []byte(c.to+c.from))
 		if from != (queue{}) {
 			t.Errorf("%q to %q: something is left behind", c.from, c.to)
 		}
-		to.add(m, usePassing, []byte("more"), nil, nil)
+		to.add(m, priorityPassing, []byte("more"), nil, nil)
 		checkQueue(t, m, &to, []byte(c.to+c.from+"more"))
 		to.drop(m)
 	}
@@ -127,7 +127,7 @@ func TestBlockSizes(t *testing.T) {
 	for _, c := range []struct{ need, capacity int }{
 		{0, 1152}, {1, 1152}, {1152, 1152}, {1153, 4224}, {16 << 10, 16512}, {64<<10 + 128, 65664}, {256 << 10, 262272}, {262273, 262273}, {1 << 20, 1 << 20},
 	} {
-		k := m.get(c.need, usePassing)
+		k := m.get(c.need, priorityPassing)
 		if len(k.b) != c.capacity || m.budget.used() != int64(c.capacity) {
 			t.Errorf("for %d bytes: a block of %d, %d charged, want %d", c.need, len(k.b), m.budget.used(), c.capacity)
 		}
@@ -141,16 +141,16 @@ func TestBlockSizes(t *testing.T) {
 func TestBlockGrow(t *testing.T) {
 	t.Parallel()
 	m := testMemory(8 << 10)
-	k := m.get(1, usePassing)
+	k := m.get(1, priorityPassing)
 	k.w = copy(k.b, "discarded|kept")
 	k.r = len("discarded|")
-	if same := m.grow(k, len(k.b), usePassing); same != k {
+	if same := m.grow(k, len(k.b), priorityPassing); same != k {
 		t.Error("a block with enough room was replaced")
 	}
-	if m.grow(k, 64<<10, usePassing) != nil || string(k.bytes()) != "kept" || m.budget.used() != int64(len(k.b)) {
+	if m.grow(k, 64<<10, priorityPassing) != nil || string(k.bytes()) != "kept" || m.budget.used() != int64(len(k.b)) {
 		t.Error("a block that may not grow did not stay as it was")
 	}
-	k = m.grow(k, 4<<10, usePassing)
+	k = m.grow(k, 4<<10, priorityPassing)
 	if string(k.bytes()) != "kept" || len(k.b) < 4<<10 || m.budget.used() != int64(len(k.b)) {
 		t.Errorf("grown to %d bytes with %q, %d charged", len(k.b), k.bytes(), m.budget.used())
 	}

@@ -6,17 +6,17 @@ import "log/slog"
 // words stand in logs, metrics, close frames and docs/protocol.md.
 
 // leg is a side of the relay: a connection of a binary or of a phone.
-type leg uint8
+type role uint8
 
 const (
-	legBinary leg = iota
-	legPhone
-	legCount
+	roleBinary role = iota
+	rolePhone
+	roleCount
 )
 
-var legWords = [legCount]string{"binary", "phone"}
+var roleWords = [roleCount]string{"binary", "phone"}
 
-func (l leg) String() string { return legWords[l] }
+func (role role) String() string { return roleWords[role] }
 
 // closeReason says why a connection ended. Its word is the reason in logs and
 // metrics and, where the relay closes, the text of the close frame.
@@ -166,7 +166,7 @@ func (o upgradeOutcome) String() string { return upgradeWords[o] }
 
 // Logs in JSON have the words too, not the numbers.
 
-func (l leg) LogValue() slog.Value            { return slog.StringValue(l.String()) }
+func (role role) LogValue() slog.Value        { return slog.StringValue(role.String()) }
 func (r closeReason) LogValue() slog.Value    { return slog.StringValue(r.String()) }
 func (r dropReason) LogValue() slog.Value     { return slog.StringValue(r.String()) }
 func (o upgradeOutcome) LogValue() slog.Value { return slog.StringValue(o.String()) }

@@ -4,64 +4,64 @@ package main
 
 // heard notes that the peer lives. It comes after what was heard has been
 // looked at: a binary that closes must not keep its own successor out.
-func (c *conn) heard(t *batch) {
+func (c *conn) markAlive(w *writeBatch) {
 	c.reads.Store(c.reads.Load() + 1)
-	if c.asked.Load() != 0 {
-		c.owner.challenged(t, true)
+	if c.challengedAt.Load() != 0 {
+		c.owner.challenged(w, true)
 	}
 }
 
 // feed takes bytes as they came from the socket. data is not kept.
-func (c *conn) feed(t *batch, data []byte) {
-	if k := c.rest; k != nil { // what a pause left comes first
-		c.rest = nil
-		c.parse(t, k.bytes())
-		c.relay.memory.put(k)
+func (c *conn) receive(w *writeBatch, data []byte) {
+	if k := c.unparsed; k != nil { // what a pause left comes first
+		c.unparsed = nil
+		c.readFrames(w, k.bytes())
+		c.relay.buffers.put(k)
 	}
-	c.parse(t, data)
-	if c.in == nil && c.msg == nil {
-		c.since.Store(0)
-	} else if c.since.Load() == 0 {
-		c.since.Store(t.now)
+	c.readFrames(w, data)
+	if c.partial == nil && c.msg == nil {
+		c.messageStart.Store(0)
+	} else if c.messageStart.Load() == 0 {
+		c.messageStart.Store(w.now)
 	}
 }
 
-func (c *conn) parse(t *batch, data []byte) {
-	for len(data) > 0 && !c.deaf {
+func (c *conn) readFrames(w *writeBatch, data []byte) {
+	for len(data) > 0 && !c.ignoreInput {
 		if c.paused {
-			c.keepRest(t, data)
+			c.keepRest(w, data)
 			return
 		}
 		if c.state.Load() >= uint32(connLinger) {
 			return
 		}
-		if c.in != nil {
-			data = c.complete(t, data)
+		if c.partial != nil {
+			data = c.complete(w, data)
 			continue
 		}
-		h, fault := parseFrameHeader(data)
-		if fault = c.admit(h, fault); fault != endNone {
-			c.violation(t, fault)
+		h, violation := parseFrameHeader(data)
+		if violation = c.admit(h, violation); violation != endNone {
+			c.violation(w, violation)
 			return
 		}
 		if h.size == 0 || int64(len(data)) < int64(h.size)+h.length {
-			c.keep(t, data, h)
+			c.keep(w, data, h)
 			return
 		}
 		total := h.size + int(h.length)
-		c.frame(t, h, data[h.size:total])
+		c.frame(w, h, data[h.size:total])
 		data = data[total:]
 	}
 }
 
 // admit checks what the header alone tells: order and size. fault is what is wrong
 // with the header itself.
-func (c *conn) admit(h frameHeader, fault closeReason) closeReason {
+func (c *conn) admit(h frameHeader, violation closeReason) closeReason {
 	switch {
-	case fault == endUnmasked && h.op == opClose && c.proxied:
+	case violation == endUnmasked && h.op == opClose && c.proxied:
 		return endProxyClosed
-	case fault != endNone || h.size == 0 || h.control():
-		return fault
+	case violation != endNone || h.size == 0 || h.control():
+		return violation
 	}
 	have := int64(0)
 	if c.msg != nil {
@@ -79,14 +79,14 @@ func (c *conn) admit(h frameHeader, fault closeReason) closeReason {
 }
 
 // keep stores the beginning of a frame until the rest is there.
-func (c *conn) keep(t *batch, data []byte, h frameHeader) {
-	k := c.relay.memory.get(c.capacity(len(data), h), c.passing)
+func (c *conn) keep(w *writeBatch, data []byte, h frameHeader) {
+	k := c.relay.buffers.get(c.capacity(len(data), h), c.passing)
 	if k == nil {
-		c.violation(t, endMemoryLimit)
+		c.violation(w, endMemoryLimit)
 		return
 	}
 	k.w = copy(k.b, data)
-	c.in = k
+	c.partial = k
 }
 
 // capacity is how large a block a frame gets of which have bytes are there: it
@@ -101,46 +101,46 @@ func (c *conn) capacity(have int, h frameHeader) int {
 // want returns the free part of the buffer of an unfinished frame, for the
 // reader to read into: never more than the frame still lacks.
 func (c *conn) want() []byte {
-	if c.in == nil || c.paused || c.deaf {
+	if c.partial == nil || c.paused || c.ignoreInput {
 		return nil
 	}
-	h, _ := parseFrameHeader(c.in.bytes())
+	h, _ := parseFrameHeader(c.partial.bytes())
 	if h.size == 0 {
 		return nil
 	}
 	total := h.size + int(h.length)
-	if c.in.room() == 0 {
-		k := c.relay.memory.grow(c.in, c.capacity(c.in.w, h), c.passing)
+	if c.partial.room() == 0 {
+		k := c.relay.buffers.grow(c.partial, c.capacity(c.partial.w, h), c.passing)
 		if k == nil {
 			return nil // feed will say so
 		}
-		c.in = k
+		c.partial = k
 	}
-	return c.in.b[c.in.w:min(total, len(c.in.b))]
+	return c.partial.b[c.partial.w:min(total, len(c.partial.b))]
 }
 
 // filled takes note of n bytes read into want's buffer.
-func (c *conn) filled(t *batch, n int) {
-	c.in.w += n
-	h, _ := parseFrameHeader(c.in.bytes())
-	if c.in.w == h.size+int(h.length) {
-		c.finishFrame(t, h)
+func (c *conn) filled(w *writeBatch, n int) {
+	c.partial.w += n
+	h, _ := parseFrameHeader(c.partial.bytes())
+	if c.partial.w == h.size+int(h.length) {
+		c.finishFrame(w, h)
 	}
-	c.feed(t, nil)
+	c.receive(w, nil)
 }
 
 // complete adds to an unfinished frame and returns what is left of data.
-func (c *conn) complete(t *batch, data []byte) []byte {
+func (c *conn) complete(w *writeBatch, data []byte) []byte {
 	for {
-		h, fault := parseFrameHeader(c.in.bytes())
-		if fault = c.admit(h, fault); fault != endNone {
-			c.violation(t, fault)
+		h, violation := parseFrameHeader(c.partial.bytes())
+		if violation = c.admit(h, violation); violation != endNone {
+			c.violation(w, violation)
 			return nil
 		}
 		lack := 1 // byte by byte until the header is whole
 		if h.size > 0 {
-			if lack = h.size + int(h.length) - c.in.w; lack == 0 {
-				c.finishFrame(t, h)
+			if lack = h.size + int(h.length) - c.partial.w; lack == 0 {
+				c.finishFrame(w, h)
 				return data
 			}
 		}
@@ -148,56 +148,56 @@ func (c *conn) complete(t *batch, data []byte) []byte {
 			return nil
 		}
 		lack = min(lack, len(data))
-		if c.in.room() < lack {
-			k := c.relay.memory.grow(c.in, max(c.in.w+lack, c.capacity(c.in.w, h)), c.passing)
+		if c.partial.room() < lack {
+			k := c.relay.buffers.grow(c.partial, max(c.partial.w+lack, c.capacity(c.partial.w, h)), c.passing)
 			if k == nil {
-				c.violation(t, endMemoryLimit)
+				c.violation(w, endMemoryLimit)
 				return nil
 			}
-			c.in = k
+			c.partial = k
 		}
-		c.in.w += copy(c.in.b[c.in.w:], data[:lack])
+		c.partial.w += copy(c.partial.b[c.partial.w:], data[:lack])
 		data = data[lack:]
 	}
 }
 
-func (c *conn) finishFrame(t *batch, h frameHeader) {
-	k := c.in
-	c.in = nil
-	c.frame(t, h, k.b[h.size:k.w])
-	c.relay.memory.put(k)
+func (c *conn) finishFrame(w *writeBatch, h frameHeader) {
+	k := c.partial
+	c.partial = nil
+	c.frame(w, h, k.b[h.size:k.w])
+	c.relay.buffers.put(k)
 }
 
 // keepRest stores bytes that a pause keeps from being looked at.
-func (c *conn) keepRest(t *batch, data []byte) {
+func (c *conn) keepRest(w *writeBatch, data []byte) {
 	if len(data) == 0 {
 		return
 	}
 	have := 0
-	if c.rest != nil {
-		have = c.rest.w
+	if c.unparsed != nil {
+		have = c.unparsed.w
 	}
-	var k *block
-	if c.rest != nil {
-		k = c.relay.memory.grow(c.rest, have+len(data), c.passing)
+	var k *buffer
+	if c.unparsed != nil {
+		k = c.relay.buffers.grow(c.unparsed, have+len(data), c.passing)
 	} else {
-		k = c.relay.memory.get(len(data), c.passing)
+		k = c.relay.buffers.get(len(data), c.passing)
 	}
 	if k == nil {
-		c.violation(t, endMemoryLimit)
+		c.violation(w, endMemoryLimit)
 		return
 	}
 	k.w += copy(k.b[k.w:], data)
-	c.rest = k
+	c.unparsed = k
 }
 
 // frame takes a whole frame whose header was admitted.
-func (c *conn) frame(t *batch, h frameHeader, p []byte) {
+func (c *conn) frame(w *writeBatch, h frameHeader, p []byte) {
 	unmask(p, h.key)
 	if h.control() {
-		c.control(t, h.op, p)
+		c.control(w, h.op, p)
 		if c.msg == nil {
-			c.since.Store(0) // what may follow begins now
+			c.messageStart.Store(0) // what may follow begins now
 		}
 		return
 	}
@@ -206,25 +206,25 @@ func (c *conn) frame(t *batch, h frameHeader, p []byte) {
 		// After a close frame of ours nothing of the peer counts but its answer.
 		c.dropMessage()
 	case h.fin && c.msg == nil:
-		c.deliver(t, h.op, p)
+		c.handleMessage(w, h.op, p)
 	default:
 		if c.msg == nil {
 			c.msgOp = h.op
 		}
 		if !c.assemble(p) {
-			c.violation(t, endMemoryLimit)
+			c.violation(w, endMemoryLimit)
 		} else if h.fin {
 			k := c.msg
 			c.msg = nil
-			c.deliver(t, c.msgOp, k.bytes())
-			c.relay.memory.put(k)
+			c.handleMessage(w, c.msgOp, k.bytes())
+			c.relay.buffers.put(k)
 		}
 	}
 }
 
 // assemble appends a fragment to the message under way.
 func (c *conn) assemble(p []byte) bool {
-	m := &c.relay.memory
+	m := &c.relay.buffers
 	if c.msg == nil {
 		// One byte at least: an empty first fragment opens a message too.
 		if c.msg = m.get(max(len(p), 1), c.passing); c.msg == nil {
@@ -244,55 +244,55 @@ func (c *conn) assemble(p []byte) bool {
 
 func (c *conn) dropMessage() {
 	if c.msg != nil {
-		c.relay.memory.put(c.msg)
+		c.relay.buffers.put(c.msg)
 		c.msg = nil
 	}
 }
 
-func (c *conn) deliver(t *batch, op byte, p []byte) {
-	c.since.Store(0)
+func (c *conn) handleMessage(w *writeBatch, op byte, p []byte) {
+	c.messageStart.Store(0)
 	c.rxFrames++
 	c.rxBytes += uint64(len(p))
-	c.owner.message(t, op, p)
+	c.owner.message(w, op, p)
 }
 
-func (c *conn) control(t *batch, op byte, p []byte) {
+func (c *conn) control(w *writeBatch, op byte, p []byte) {
 	switch op {
 	case opPing:
-		c.sendPong(t, p)
+		c.sendPong(w, p)
 	case opClose:
-		code, fault := parseClose(p)
-		if fault != endNone {
-			c.violation(t, fault)
+		code, violation := parseClose(p)
+		if violation != endNone {
+			c.violation(w, violation)
 			return
 		}
-		c.peerClosed(t, code)
+		c.peerClosed(w, code)
 	}
 }
 
 // violation ends a connection whose stream cannot be read on.
-func (c *conn) violation(t *batch, fault closeReason) {
-	c.deaf = true
-	c.finish(t, fault, fault.code(), fault.String())
+func (c *conn) violation(w *writeBatch, violation closeReason) {
+	c.ignoreInput = true
+	c.finish(w, violation, violation.code(), violation.String())
 	c.mu.Lock()
 	c.answered = true // it could not be told from the rest
-	t.addLocked(c)
+	w.addLocked(c)
 	c.mu.Unlock()
 }
 
 // peerClosed handles a close frame: the peer's own, answered with its code, or
 // the answer to ours.
-func (c *conn) peerClosed(t *batch, code uint16) {
-	c.deaf = true // §5.5.1: nothing may follow
-	c.finish(t, endPeerClosed, code, "")
+func (c *conn) peerClosed(w *writeBatch, code uint16) {
+	c.ignoreInput = true // §5.5.1: nothing may follow
+	c.finish(w, endPeerClosed, code, "")
 	c.mu.Lock()
 	c.answered = true
-	t.addLocked(c)
+	w.addLocked(c)
 	c.mu.Unlock()
 }
 
 // lost: the peer's direction ended, with or without a word.
-func (c *conn) lost(t *batch) {
+func (c *conn) lost(w *writeBatch) {
 	c.mu.Lock()
 	open := c.state.Load() == uint32(connOpen)
 	if open {
@@ -300,15 +300,15 @@ func (c *conn) lost(t *batch) {
 	}
 	c.mu.Unlock()
 	if open {
-		c.owner.ended(t, endPeerLost, endPeerLost.code())
+		c.owner.ended(w, endPeerLost, endPeerLost.code())
 	}
 }
 
 // release is the reader's last call: the socket is gone.
-func (c *conn) release(t *batch) {
-	c.lost(t)
-	m := &c.relay.memory
-	for _, k := range [...]**block{&c.in, &c.msg, &c.rest} {
+func (c *conn) release(w *writeBatch) {
+	c.lost(w)
+	m := &c.relay.buffers
+	for _, k := range [...]**buffer{&c.partial, &c.msg, &c.unparsed} {
 		if *k != nil {
 			m.put(*k)
 			*k = nil
@@ -317,7 +317,7 @@ func (c *conn) release(t *batch) {
 	c.mu.Lock()
 	// A peer that ended only its own direction, right behind its close frame or
 	// its last ping, still gets the answer.
-	c.flush(t)
+	c.flush(w)
 	c.state.Store(uint32(connClosed))
 	c.out.drop(m)
 	c.pong = nil
@@ -325,5 +325,5 @@ func (c *conn) release(t *batch) {
 	c.waiters = nil
 	c.mu.Unlock()
 	wake(woken)
-	c.owner.closed(t)
+	c.owner.closed(w)
 }

@@ -20,14 +20,14 @@ import (
 
 type registry struct {
 	relay   *relay
-	entries sync.Map // server-id → *entry
+	servers sync.Map // server-id → *entry
 	graces  graces
-	past    history
+	recent  recentClaims
 	checks  atomic.Int64 // claims by the checks of other relays and by probes, among those in the gauges
 }
 
 // entry is a server-id that is held, or was until a moment ago.
-type entry struct {
+type server struct {
 	id    string
 	probe bool // the relay's own check of its public name: counted nowhere
 
@@ -56,24 +56,24 @@ const askAhead = 8
 // name are the holder's, and go with that.
 func (g *registry) claim(b *binaryLeg, id string, probe bool) {
 	for {
-		e := g.entry(id, probe)
-		e.mu.Lock()
-		if e.gone {
-			e.mu.Unlock()
+		srv := g.serverFor(id, probe)
+		srv.mu.Lock()
+		if srv.gone {
+			srv.mu.Unlock()
 			continue
 		}
-		t := g.relay.batch()
-		b.server = e
-		if e.binary == nil {
-			g.install(t, e, b) // unlocks
+		w := g.relay.newBatch()
+		b.server = srv
+		if srv.binary == nil {
+			g.install(w, srv, b) // unlocks
 		} else {
-			b.waits.Store(t.now)
-			e.contenders = append(e.contenders, b)
-			e.binary.ask(t)
-			e.challenge(t)
-			e.mu.Unlock()
+			b.contendsSince.Store(w.now)
+			srv.contenders = append(srv.contenders, b)
+			srv.binary.ask(w)
+			srv.challenge(w)
+			srv.mu.Unlock()
 		}
-		t.flush()
+		w.flush()
 		return
 	}
 }
@@ -81,232 +81,232 @@ func (g *registry) claim(b *binaryLeg, id string, probe bool) {
 // challenge asks the holder and the first contenders for a sign of life on
 // behalf of those behind them, e.mu held. Who has not answered an earlier
 // challenge is in the middle of one.
-func (e *entry) challenge(t *batch) {
-	n := len(e.contenders)
+func (srv *server) challenge(w *writeBatch) {
+	n := len(srv.contenders)
 	if n == 0 {
 		return
 	}
-	if e.binary.asked.Load() == 0 {
-		e.binary.ask(t)
+	if srv.binary.challengedAt.Load() == 0 {
+		srv.binary.ask(w)
 	}
-	for _, c := range e.contenders[:min(n-1, askAhead)] {
-		if c.asked.Load() == 0 {
-			c.ask(t)
+	for _, c := range srv.contenders[:min(n-1, askAhead)] {
+		if c.challengedAt.Load() == 0 {
+			c.ask(w)
 		}
 	}
 }
 
 // ask challenges b, server.mu held.
-func (b *binaryLeg) ask(t *batch) {
+func (b *binaryLeg) ask(w *writeBatch) {
 	// Not the batch's clock: what was read before this moment is no answer.
-	b.asked.CompareAndSwap(0, b.relay.now())
+	b.challengedAt.CompareAndSwap(0, b.relay.now())
 	b.mu.Lock()
-	b.ping(t)
+	b.ping(w)
 	b.mu.Unlock()
 }
 
 // answered ends b's challenge, because b was heard: if it holds the server-id,
 // whoever has challenged it is refused.
-func (g *registry) answered(t *batch, b *binaryLeg) {
-	e := b.server
-	e.mu.Lock()
-	at := b.asked.Swap(0)
-	if e.binary != b {
-		e.mu.Unlock()
+func (g *registry) answered(w *writeBatch, b *binaryLeg) {
+	srv := b.server
+	srv.mu.Lock()
+	at := b.challengedAt.Swap(0)
+	if srv.binary != b {
+		srv.mu.Unlock()
 		return
 	}
 	n := 0
 	// What the poller had come for before a challenge is no answer to it: there
 	// b is asked once more.
-	for at <= t.now && n < len(e.contenders) && e.contenders[n].waits.Load() <= t.now {
+	for at <= w.now && n < len(srv.contenders) && srv.contenders[n].contendsSince.Load() <= w.now {
 		n++
 	}
-	refused := e.contenders[:n]
-	e.contenders = slices.Clone(e.contenders[n:])
-	e.challenge(t)
-	e.mu.Unlock()
+	refused := srv.contenders[:n]
+	srv.contenders = slices.Clone(srv.contenders[n:])
+	srv.challenge(w)
+	srv.mu.Unlock()
 	for _, c := range refused {
-		g.relay.refuseSession(t, &c.conn, legBinary, c.id, e.id, endAlreadyClaimed, endAlreadyClaimed.String())
+		g.relay.refuseSession(w, &c.conn, roleBinary, c.id, srv.id, endAlreadyClaimed, endAlreadyClaimed.String())
 	}
 }
 
 // overdue gives b's claim to the first contender once b has been silent for too
 // long. That one may owe an answer just as long.
-func (g *registry) overdue(t *batch, b *binaryLeg) {
-	e := b.server
-	e.mu.Lock()
-	for e.binary == b && len(e.contenders) > 0 {
-		next := e.contenders[0]
-		at := b.asked.Load()
-		if at == 0 || t.now-max(at, next.waits.Load()) < int64(g.relay.o.challengeTimeout) {
+func (g *registry) overdue(w *writeBatch, b *binaryLeg) {
+	srv := b.server
+	srv.mu.Lock()
+	for srv.binary == b && len(srv.contenders) > 0 {
+		next := srv.contenders[0]
+		at := b.challengedAt.Load()
+		if at == 0 || w.now-max(at, next.contendsSince.Load()) < int64(g.relay.o.challengeTimeout) {
 			break
 		}
-		e.contenders = slices.Delete(e.contenders, 0, 1)
-		g.install(t, e, next) // unlocks
+		srv.contenders = slices.Delete(srv.contenders, 0, 1)
+		g.install(w, srv, next) // unlocks
 		b = next
-		e.mu.Lock()
+		srv.mu.Lock()
 	}
-	e.mu.Unlock()
+	srv.mu.Unlock()
 }
 
 // entry finds or makes the entry of a server-id.
-func (g *registry) entry(id string, probe bool) *entry {
-	if e, ok := g.entries.Load(id); ok {
-		return e.(*entry)
+func (g *registry) serverFor(id string, probe bool) *server {
+	if e, ok := g.servers.Load(id); ok {
+		return e.(*server)
 	}
 	id = strings.Clone(id) // it is a part of its request's header, which would stay as long
-	e, _ := g.entries.LoadOrStore(id, &entry{id: id, probe: probe, phones: map[string]*phoneLeg{}})
-	return e.(*entry)
+	e, _ := g.servers.LoadOrStore(id, &server{id: id, probe: probe, phones: map[string]*phoneLeg{}})
+	return e.(*server)
 }
 
 // install makes b the holder of e, whose lock the caller holds; it returns
 // without the lock. Phones that the previous binary knew are closed: the new
 // one has no session for them. Those that joined in grace stay, and what they
 // sent meanwhile goes out first.
-func (g *registry) install(t *batch, e *entry, b *binaryLeg) {
+func (g *registry) install(w *writeBatch, srv *server, b *binaryLeg) {
 	r := g.relay
-	old := e.binary
+	old := srv.binary
 	reason := endReclaimed
 	switch {
 	case old != nil:
 		reason = endReplaced
-	case e.grace != nil:
-		g.stopGrace(e)
+	case srv.grace != nil:
+		g.stopGrace(srv)
 		fallthrough
 	default:
-		g.count(e, &r.metrics.connectedBinaries, 1)
+		g.count(srv, &r.metrics.connectedBinaries, 1)
 	}
-	e.binary = b
-	b.waits.Store(0)
+	srv.binary = b
+	b.contendsSince.Store(0)
 	// Before anybody can end b: the line of its end comes behind this one.
-	r.logConnected(&b.conn, legBinary, b.id, e.id, b.probe)
+	r.logConnected(&b.conn, roleBinary, b.id, srv.id, b.probe)
 	var closing []*phoneLeg
 	b.mu.Lock()
-	for id, ph := range e.phones {
-		if old == nil && ph.held != nil {
-			b.queued += uint64(ph.held.n)
-			b.txFrames += ph.held.frames
-			b.txBytes += ph.held.bytes
-			r.metrics.framesUp.Add(int64(ph.held.frames))
-			r.metrics.bytesUp.Add(int64(ph.held.payload))
-			ph.held.moveTo(&b.out)
-			ph.held = nil
+	for id, ph := range srv.phones {
+		if old == nil && ph.graceQueue != nil {
+			b.queued += uint64(ph.graceQueue.n)
+			b.txFrames += ph.graceQueue.frames
+			b.txBytes += ph.graceQueue.bytes
+			r.metrics.framesUp.Add(int64(ph.graceQueue.frames))
+			r.metrics.bytesUp.Add(int64(ph.graceQueue.payload))
+			ph.graceQueue.moveTo(&b.out)
+			ph.graceQueue = nil
 			continue
 		}
-		delete(e.phones, id)
+		delete(srv.phones, id)
 		ph.letGo()
 		closing = append(closing, ph)
 	}
-	t.addLocked(&b.conn)
+	w.addLocked(&b.conn)
 	b.mu.Unlock()
-	g.count(e, &r.metrics.connectedPhones, -int64(len(closing)))
-	e.challenge(t)
-	woken := e.waiters
-	e.waiters = nil
-	e.mu.Unlock()
+	g.count(srv, &r.metrics.connectedPhones, -int64(len(closing)))
+	srv.challenge(w)
+	woken := srv.waiters
+	srv.waiters = nil
+	srv.mu.Unlock()
 
 	if old != nil {
-		old.end(t, endTakenOver)
+		old.end(w, endTakenOver)
 	}
 	for _, ph := range closing {
-		ph.end(t, reason)
+		ph.end(w, reason)
 	}
 	wake(woken)
 }
 
 // release ends b's claim, if it is still b's: the first contender takes it, or
 // grace begins. The relay's own probe has none. A contender leaves the line.
-func (g *registry) release(t *batch, b *binaryLeg) {
-	e := b.server
-	if e == nil { // it ended before its claim
+func (g *registry) release(w *writeBatch, b *binaryLeg) {
+	srv := b.server
+	if srv == nil { // it ended before its claim
 		return
 	}
-	e.mu.Lock()
-	if e.binary != b {
-		if i := slices.Index(e.contenders, b); i >= 0 {
-			e.contenders = slices.Delete(e.contenders, i, i+1)
+	srv.mu.Lock()
+	if srv.binary != b {
+		if i := slices.Index(srv.contenders, b); i >= 0 {
+			srv.contenders = slices.Delete(srv.contenders, i, i+1)
 		}
-		e.mu.Unlock()
+		srv.mu.Unlock()
 		return
 	}
-	e.binary = nil
-	g.count(e, &g.relay.metrics.connectedBinaries, -1)
-	if len(e.contenders) > 0 {
-		next := e.contenders[0]
-		e.contenders = slices.Delete(e.contenders, 0, 1)
-		g.install(t, e, next) // unlocks
+	srv.binary = nil
+	g.count(srv, &g.relay.metrics.connectedBinaries, -1)
+	if len(srv.contenders) > 0 {
+		next := srv.contenders[0]
+		srv.contenders = slices.Delete(srv.contenders, 0, 1)
+		g.install(w, srv, next) // unlocks
 		return
 	}
-	e.freed = t.now
-	g.count(e, &g.relay.metrics.binariesInGrace, 1)
-	begun := g.graces.begin(e)
-	e.grace = begun
-	e.mu.Unlock()
-	if e.probe {
+	srv.freed = w.now
+	g.count(srv, &g.relay.metrics.binariesInGrace, 1)
+	begun := g.graces.begin(srv)
+	srv.grace = begun
+	srv.mu.Unlock()
+	if srv.probe {
 		g.expire(begun)
 	}
 }
 
 // stopGrace ends e's grace before its time, e.mu held.
-func (g *registry) stopGrace(e *entry) {
-	g.graces.cancel(e.grace)
-	e.grace = nil
-	g.count(e, &g.relay.metrics.binariesInGrace, -1)
+func (g *registry) stopGrace(srv *server) {
+	g.graces.cancel(srv.grace)
+	srv.grace = nil
+	g.count(srv, &g.relay.metrics.binariesInGrace, -1)
 }
 
 // expire ends a grace whose time is over, unless the claim was taken again.
 func (g *registry) expire(over *list.Element) {
-	e := over.Value.(*grace).e
-	e.mu.Lock()
-	if e.grace != over {
-		e.mu.Unlock()
+	srv := over.Value.(*grace).e
+	srv.mu.Lock()
+	if srv.grace != over {
+		srv.mu.Unlock()
 		return
 	}
-	g.stopGrace(e)
-	e.gone = true
-	g.entries.CompareAndDelete(e.id, e)
-	if !e.probe {
-		g.past.note(e.id, e.freed)
+	g.stopGrace(srv)
+	srv.gone = true
+	g.servers.CompareAndDelete(srv.id, srv)
+	if !srv.probe {
+		g.recent.note(srv.id, srv.freed)
 	}
-	g.count(e, &g.relay.metrics.connectedPhones, -int64(len(e.phones)))
-	closing := e.phones
-	e.phones = nil
+	g.count(srv, &g.relay.metrics.connectedPhones, -int64(len(srv.phones)))
+	closing := srv.phones
+	srv.phones = nil
 	for _, ph := range closing {
 		ph.letGo()
 	}
-	e.mu.Unlock()
-	t := g.relay.batch()
+	srv.mu.Unlock()
+	w := g.relay.newBatch()
 	for _, ph := range closing {
-		ph.end(t, endGraceExpired)
+		ph.end(w, endGraceExpired)
 	}
-	t.flush()
+	w.flush()
 }
 
 // join makes ph one of the phones of id. Where it is refused, text says more
 // than the reason does.
 func (g *registry) join(ph *phoneLeg, id string) (refused closeReason, text string) {
 	for {
-		v, ok := g.entries.Load(id)
+		v, ok := g.servers.Load(id)
 		if !ok {
 			return g.absent(id)
 		}
-		e := v.(*entry)
-		e.mu.Lock()
+		srv := v.(*server)
+		srv.mu.Lock()
 		switch {
-		case e.gone:
-			e.mu.Unlock()
+		case srv.gone:
+			srv.mu.Unlock()
 			continue
-		case len(e.phones) >= g.relay.o.maxPhones:
-			e.mu.Unlock()
+		case len(srv.phones) >= g.relay.o.maxPhones:
+			srv.mu.Unlock()
 			return endTooManyPhones, endTooManyPhones.String()
 		}
-		ph.server = e
-		if e.binary == nil {
-			ph.held = new(hold)
+		ph.server = srv
+		if srv.binary == nil {
+			ph.graceQueue = new(graceQueue)
 		}
-		e.phones[ph.id] = ph
-		g.count(e, &g.relay.metrics.connectedPhones, 1)
-		e.mu.Unlock()
+		srv.phones[ph.id] = ph
+		g.count(srv, &g.relay.metrics.connectedPhones, 1)
+		srv.mu.Unlock()
 		return endNone, ""
 	}
 }
@@ -316,7 +316,7 @@ func (g *registry) join(ph *phoneLeg, id string) (refused closeReason, text stri
 func (g *registry) absent(id string) (closeReason, string) {
 	now := g.relay.now()
 	ago := func(since int64) time.Duration { return time.Duration(now - since).Round(time.Second) }
-	at, known, horizon := g.past.last(id)
+	at, known, horizon := g.recent.last(id)
 	switch {
 	case known:
 		return endLastHeld, fmt.Sprintf("%s %v ago", endLastHeld, ago(at))
@@ -329,32 +329,32 @@ func (g *registry) absent(id string) (closeReason, string) {
 // leave takes a phone whose end is decided out of its entry. Its binary gets
 // the close notice, behind the phone's last frame, unless the phone was removed
 // before: by the binary itself, by one that reclaimed, or at the end of grace.
-func (g *registry) leave(t *batch, ph *phoneLeg, code uint16) {
-	e := ph.server
-	if e == nil { // refused
+func (g *registry) leave(w *writeBatch, ph *phoneLeg, code uint16) {
+	srv := ph.server
+	if srv == nil { // refused
 		return
 	}
-	e.mu.Lock()
-	if e.phones[ph.id] != ph {
-		e.mu.Unlock()
+	srv.mu.Lock()
+	if srv.phones[ph.id] != ph {
+		srv.mu.Unlock()
 		return
 	}
-	g.remove(e, ph)
-	b := e.binary
+	g.remove(srv, ph)
+	b := srv.binary
 	if b == nil {
-		e.mu.Unlock()
+		srv.mu.Unlock()
 		return
 	}
 	b.mu.Lock()
-	e.mu.Unlock()
-	b.notice(t, ph.id, code)
+	srv.mu.Unlock()
+	b.notice(w, ph.id, code)
 	b.mu.Unlock()
 }
 
 // remove takes ph out of e, e.mu held.
-func (g *registry) remove(e *entry, ph *phoneLeg) {
-	delete(e.phones, ph.id)
-	g.count(e, &g.relay.metrics.connectedPhones, -1)
+func (g *registry) remove(srv *server, ph *phoneLeg) {
+	delete(srv.phones, ph.id)
+	g.count(srv, &g.relay.metrics.connectedPhones, -1)
 	ph.letGo()
 }
 
@@ -362,48 +362,48 @@ func (g *registry) remove(e *entry, ph *phoneLeg) {
 // occupy, server.mu held.
 func (ph *phoneLeg) letGo() {
 	ph.removed = true
-	if ph.held != nil {
-		ph.held.drop(&ph.relay.memory)
-		ph.held = nil
+	if ph.graceQueue != nil {
+		ph.graceQueue.drop(&ph.relay.buffers)
+		ph.graceQueue = nil
 	}
 }
 
 // count moves a gauge, unless e is the relay's own probe. Claims of others' are
 // told apart by their names, which are no secret: they get nothing by it.
-func (g *registry) count(e *entry, gauge *atomic.Int64, by int64) {
-	if e.probe {
+func (g *registry) count(srv *server, gauge *atomic.Int64, by int64) {
+	if srv.probe {
 		return
 	}
 	gauge.Add(by)
-	if gauge != &g.relay.metrics.connectedPhones && strings.HasPrefix(e.id, probePrefix) {
+	if gauge != &g.relay.metrics.connectedPhones && strings.HasPrefix(srv.id, probePrefix) {
 		g.checks.Add(by)
 	}
 }
 
 // each calls do for every entry, its lock held.
-func (g *registry) each(do func(*entry)) {
-	g.entries.Range(func(_, v any) bool {
-		e := v.(*entry)
-		e.mu.Lock()
-		defer e.mu.Unlock()
-		if !e.gone {
-			do(e)
+func (g *registry) each(do func(*server)) {
+	g.servers.Range(func(_, v any) bool {
+		srv := v.(*server)
+		srv.mu.Lock()
+		defer srv.mu.Unlock()
+		if !srv.gone {
+			do(srv)
 		}
 		return true
 	})
 }
 
 // members lists the live connections of one leg.
-func (g *registry) members(l leg) (all []*conn) {
-	g.each(func(e *entry) {
-		if l == legBinary && e.binary != nil {
-			for _, b := range e.contenders { // first, or one of them would take the claim
+func (g *registry) members(role role) (all []*conn) {
+	g.each(func(srv *server) {
+		if role == roleBinary && srv.binary != nil {
+			for _, b := range srv.contenders { // first, or one of them would take the claim
 				all = append(all, &b.conn)
 			}
-			all = append(all, &e.binary.conn)
+			all = append(all, &srv.binary.conn)
 		}
-		if l == legPhone {
-			for _, ph := range e.phones {
+		if role == rolePhone {
+			for _, ph := range srv.phones {
 				all = append(all, &ph.conn)
 			}
 		}
@@ -413,12 +413,12 @@ func (g *registry) members(l leg) (all []*conn) {
 
 // clear forgets every claim. For the end of a drain, when no connection is left.
 func (g *registry) clear() {
-	g.each(func(e *entry) {
-		if e.grace != nil {
-			g.stopGrace(e)
+	g.each(func(srv *server) {
+		if srv.grace != nil {
+			g.stopGrace(srv)
 		}
-		e.gone = true
-		g.entries.CompareAndDelete(e.id, e)
+		srv.gone = true
+		g.servers.CompareAndDelete(srv.id, srv)
 	})
 	g.graces.stop()
 }
@@ -429,51 +429,51 @@ func (g *registry) check() error {
 	m := g.relay.metrics
 	var err error
 	var binaries, grace, phones int64
-	fail := func(e *entry, format string, args ...any) {
+	fail := func(srv *server, format string, args ...any) {
 		if err == nil {
-			err = fmt.Errorf("entry %s: %s", e.id, fmt.Sprintf(format, args...))
+			err = fmt.Errorf("entry %s: %s", srv.id, fmt.Sprintf(format, args...))
 		}
 	}
-	g.each(func(e *entry) {
-		if e.binary != nil && e.grace != nil {
-			fail(e, "held and in grace at once")
+	g.each(func(srv *server) {
+		if srv.binary != nil && srv.grace != nil {
+			fail(srv, "held and in grace at once")
 		}
-		if e.binary == nil && e.grace == nil {
-			fail(e, "neither held nor in grace")
+		if srv.binary == nil && srv.grace == nil {
+			fail(srv, "neither held nor in grace")
 		}
-		if e.binary != nil && e.binary.server != e {
-			fail(e, "its binary belongs to another entry")
+		if srv.binary != nil && srv.binary.server != srv {
+			fail(srv, "its binary belongs to another entry")
 		}
-		if e.binary == nil && len(e.contenders) > 0 {
-			fail(e, "%d contend for what nobody holds", len(e.contenders))
+		if srv.binary == nil && len(srv.contenders) > 0 {
+			fail(srv, "%d contend for what nobody holds", len(srv.contenders))
 		}
-		for _, c := range e.contenders {
-			if c.server != e || c.waits.Load() == 0 || c == e.binary {
-				fail(e, "contender %s belongs to another entry or holds this one", c.id)
+		for _, c := range srv.contenders {
+			if c.server != srv || c.contendsSince.Load() == 0 || c == srv.binary {
+				fail(srv, "contender %s belongs to another entry or holds this one", c.id)
 			}
 			if c.is(connClosed) {
-				fail(e, "contender %s is closed and still in the line", c.id)
+				fail(srv, "contender %s is closed and still in the line", c.id)
 			}
 		}
-		if len(e.phones) > g.relay.o.maxPhones {
-			fail(e, "%d phones, limit %d", len(e.phones), g.relay.o.maxPhones)
+		if len(srv.phones) > g.relay.o.maxPhones {
+			fail(srv, "%d phones, limit %d", len(srv.phones), g.relay.o.maxPhones)
 		}
-		for id, ph := range e.phones {
-			if ph.id != id || ph.server != e {
-				fail(e, "phone %s stands under %s or belongs to another entry", ph.id, id)
+		for id, ph := range srv.phones {
+			if ph.id != id || ph.server != srv {
+				fail(srv, "phone %s stands under %s or belongs to another entry", ph.id, id)
 			}
-			if e.binary != nil && ph.held != nil {
-				fail(e, "phone %s holds frames back from a binary that is there", id)
+			if srv.binary != nil && ph.graceQueue != nil {
+				fail(srv, "phone %s holds frames back from a binary that is there", id)
 			}
 			if ph.is(connClosed) {
-				fail(e, "phone %s is closed and still a member", id)
+				fail(srv, "phone %s is closed and still a member", id)
 			}
 		}
-		if e.probe {
+		if srv.probe {
 			return
 		}
-		phones += int64(len(e.phones))
-		if e.binary != nil {
+		phones += int64(len(srv.phones))
+		if srv.binary != nil {
 			binaries++
 		} else {
 			grace++
@@ -498,7 +498,7 @@ func (g *registry) check() error {
 }
 
 // history remembers when server-ids were last held, the newest ones.
-type history struct {
+type recentClaims struct {
 	mu      sync.Mutex // guards what follows
 	at      map[string]int64
 	order   []string // a ring, oldest at next once it is full
@@ -510,7 +510,7 @@ type history struct {
 // serves, and 2 MiB at the most.
 const historySize = 8192
 
-func (h *history) note(id string, at int64) {
+func (h *recentClaims) note(id string, at int64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	if h.at == nil {
@@ -533,7 +533,7 @@ func (h *history) note(id string, at int64) {
 }
 
 // last tells when id was last held, and from when on claims are remembered.
-func (h *history) last(id string) (at int64, known bool, horizon int64) {
+func (h *recentClaims) last(id string) (at int64, known bool, horizon int64) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
 	at, known = h.at[id]

@@ -70,7 +70,7 @@ func TestHistoryForgets(t *testing.T) {
 	t.Parallel()
 	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
 		for i := range historySize + 1 {
-			r.registry.past.note(fmt.Sprint(i), r.now())
+			r.registry.recent.note(fmt.Sprint(i), r.now())
 			time.Sleep(time.Millisecond)
 		}
 		time.Sleep(time.Minute - r.age()%time.Second)
@@ -90,13 +90,13 @@ func TestEntryKeepsNoHeader(t *testing.T) {
 	header := strings.Repeat("x", 4<<10) + "server"
 	id := header[4<<10:]
 	b, _ := memBinary(t, r.relay, id)
-	bt := r.batch()
+	bt := r.newBatch()
 	defer bt.flush()
 	defer b.release(bt)
 	if b.server.id != id || unsafe.StringData(b.server.id) == unsafe.StringData(id) {
 		t.Errorf("the entry of %s keeps the %d bytes that its id came in", b.server.id, len(header))
 	}
-	r.registry.entries.Range(func(key, _ any) bool {
+	r.registry.servers.Range(func(key, _ any) bool {
 		if unsafe.StringData(key.(string)) == unsafe.StringData(id) {
 			t.Errorf("the registry keeps the %d bytes that the id came in", len(header))
 		}
@@ -192,7 +192,7 @@ func TestPhoneLeavesInGrace(t *testing.T) {
 		old.close(1000, "")
 		old.wantEnd(1000, "")
 		r.settle("no phone, and nothing of theirs", func() bool {
-			return r.count(legPhone) == 0 && r.memory.budget.used() == 0
+			return r.count(rolePhone) == 0 && r.buffers.budget.used() == 0
 		})
 		b = r.binary("id")
 		r.phone("id").greet(b) // no frame and no notice before that
@@ -247,7 +247,7 @@ func TestGraceExpires(t *testing.T) {
 			wantAfter(t, "a phone's end", start, 30*time.Second)
 		}
 		r.phone("id").wantEnd(4404, "server-id last held 30s ago")
-		eventually(t, "nothing is held", func() bool { return r.memory.budget.used() == 0 })
+		eventually(t, "nothing is held", func() bool { return r.buffers.budget.used() == 0 })
 		b = r.binary("id")
 		r.phone("id").greet(b)
 	})
@@ -294,7 +294,7 @@ func TestHeldFramesHaveALimit(t *testing.T) {
 			sent <- err
 		}()
 		time.Sleep(20 * time.Second)
-		if got := r.memory.budget.used(); got < limit/2 || got > 2*limit {
+		if got := r.buffers.budget.used(); got < limit/2 || got > 2*limit {
 			t.Errorf("%d bytes are held, the limit is %d", got, limit)
 		}
 		b = r.binary("id")

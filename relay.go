@@ -47,7 +47,7 @@ type relay struct {
 	log      *slog.Logger
 	metrics  *metrics
 	limits   *limits
-	memory   memory
+	buffers  bufferPool
 	instance *instanceState
 	probes   *probeKeys
 	loops    []poller
@@ -66,8 +66,8 @@ type relay struct {
 
 	mu       sync.Mutex // guards what follows
 	draining bool
-	live     [legCount]int // upgrades under way and connections not yet gone
-	left     chan struct{} // one of them is gone
+	live     [roleCount]int // upgrades under way and connections not yet gone
+	left     chan struct{}  // one of them is gone
 }
 
 // newRelay starts a relay, which serves until drain.
@@ -81,10 +81,10 @@ func newRelay(o options, id identity, build buildVersion, instance *instanceStat
 		tick:    int64(min(mostLate, o.ping/2, o.messageTimeout/2, o.writeTimeout/2, o.closeTimeout/2, o.challengeTimeout/2)),
 		left:    make(chan struct{}, 1),
 	}
-	r.memory.budget = r.limits.budget
+	r.buffers.budget = r.limits.budget
 	r.registry.relay = r
 	r.registry.graces = graces{length: o.grace, most: gracesPerConnection * o.maxConnections, now: r.now, expire: r.registry.expire}
-	r.metrics = newMetrics(id, build, instance, r.memory.budget)
+	r.metrics = newMetrics(id, build, instance, r.buffers.budget)
 	r.fallback = newGoPoller(r)
 	// One loop moves a million small frames a second; the other half of the
 	// processors is for the kernel's side of the network and the handshakes.
@@ -191,7 +191,7 @@ func (r *relay) greeting() http.Header {
 // jitter is a random share of n.
 func (r *relay) jitter(n int64) int64 { return mrand.Int64N(max(n, 1)) }
 
-func (r *relay) batch() *batch { return &batch{relay: r, now: r.now()} }
+func (r *relay) newBatch() *writeBatch { return &writeBatch{relay: r, now: r.now()} }
 
 // loop chooses the poller of a server-id: a binary and its phones share one, so
 // that frames between them never change processors.
@@ -210,9 +210,9 @@ func (r *relay) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 	}
 	switch q.URL.Path {
 	case "/v1/server", "/v2/server":
-		r.serve(w, q, legBinary)
+		r.serve(w, q, roleBinary)
 	case "/v1/client", "/v2/client":
-		r.serve(w, q, legPhone)
+		r.serve(w, q, rolePhone)
 	case "/healthz":
 		r.health(w)
 	case "/readyz":
@@ -264,20 +264,20 @@ type caller struct {
 
 // serve takes a request on a WebSocket endpoint through the gates and into its
 // session.
-func (r *relay) serve(w http.ResponseWriter, q *http.Request, l leg) {
-	who, refused := r.gates(q, l)
+func (r *relay) serve(w http.ResponseWriter, q *http.Request, role role) {
+	who, refused := r.gates(q, role)
 	if refused != nil {
-		r.refuse(w, l, who, refused)
+		r.refuse(w, role, who, refused)
 		return
 	}
 	nc, first, answer, err := upgrade(w, q, r.greeting())
 	if err != nil {
-		r.countUpgrade(l, who, upgradeFailed)
-		r.log.Debug("upgrade failed", "leg", l, "addr", who.addr, "error", err)
-		r.leave(l)
+		r.countUpgrade(role, who, upgradeFailed)
+		r.log.Debug("upgrade failed", "leg", role, "addr", who.addr, "error", err)
+		r.leave(role)
 		return
 	}
-	if l == legBinary {
+	if role == roleBinary {
 		r.serveBinary(who, nc, first, answer)
 	} else {
 		r.servePhone(who, nc, first, answer)
@@ -286,7 +286,7 @@ func (r *relay) serve(w http.ResponseWriter, q *http.Request, l leg) {
 
 // gates are what stands before an upgrade, in the contract's order. Whoever
 // passes has to leave.
-func (r *relay) gates(q *http.Request, l leg) (who caller, refused *refusal) {
+func (r *relay) gates(q *http.Request, role role) (who caller, refused *refusal) {
 	who.serverID = q.Header.Get("X-Pyrycode-Server")
 	who.addr = clientAddr(q, r.o.trustedProxies)
 	who.proxied = within(peerAddr(q), r.o.trustedProxies)
@@ -296,12 +296,12 @@ func (r *relay) gates(q *http.Request, l leg) (who caller, refused *refusal) {
 	if token := q.Header.Get(probeHeader); token != "" {
 		who.probe = r.probes.valid(who.serverID, token)
 	}
-	if !r.enter(l) {
+	if !r.enter(role) {
 		return who, &refusal{http.StatusServiceUnavailable, upgradeDraining, "this relay is shutting down: try again", retryAfter(time.Second)}
 	}
 	defer func() {
 		if refused != nil {
-			r.gone(l)
+			r.gone(role)
 		}
 	}()
 	if !who.probe {
@@ -312,7 +312,7 @@ func (r *relay) gates(q *http.Request, l leg) (who caller, refused *refusal) {
 	if !r.limits.acquireConn() {
 		return who, &refusal{http.StatusServiceUnavailable, upgradeFull, "this relay has all the connections it may have: try again", retryAfter(30 * time.Second)}
 	}
-	if refused = checkHeaders(q.Header, l); refused == nil {
+	if refused = checkHeaders(q.Header, role); refused == nil {
 		refused = checkHandshake(q)
 	}
 	if refused != nil {
@@ -326,10 +326,10 @@ func retryAfter(d time.Duration) [2]string {
 }
 
 // checkHeaders holds a request against the endpoint's own headers.
-func checkHeaders(h http.Header, l leg) *refusal {
+func checkHeaders(h http.Header, role role) *refusal {
 	need := [...]string{"X-Pyrycode-Server", "User-Agent", "X-Pyrycode-Version"}
 	for i, name := range need {
-		if i == 2 && l != legBinary {
+		if i == 2 && role != roleBinary {
 			break
 		}
 		if strings.TrimSpace(h.Get(name)) == "" {
@@ -358,10 +358,10 @@ func validServerID(id string) bool {
 	return true
 }
 
-func (r *relay) refuse(w http.ResponseWriter, l leg, who caller, f *refusal) {
-	r.countUpgrade(l, who, f.outcome)
+func (r *relay) refuse(w http.ResponseWriter, role role, who caller, f *refusal) {
+	r.countUpgrade(role, who, f.outcome)
 	if more, ok := r.refusals.allow(r.now()); ok {
-		r.log.Warn("upgrade refused", "leg", l, "addr", who.addr, "reason", f.outcome, "status", f.status, "unlogged", more)
+		r.log.Warn("upgrade refused", "leg", role, "addr", who.addr, "reason", f.outcome, "status", f.status, "unlogged", more)
 	}
 	if f.header[0] != "" {
 		w.Header().Set(f.header[0], f.header[1])
@@ -376,9 +376,9 @@ func (r *relay) refuse(w http.ResponseWriter, l leg, who caller, f *refusal) {
 }
 
 // countUpgrade counts how a request ended. The relay's own check is no user.
-func (r *relay) countUpgrade(l leg, who caller, o upgradeOutcome) {
+func (r *relay) countUpgrade(role role, who caller, o upgradeOutcome) {
 	if !who.probe {
-		r.metrics.upgrades[l][o].Add(1)
+		r.metrics.upgrades[role][o].Add(1)
 	}
 }
 
@@ -387,25 +387,25 @@ func (r *relay) countUpgrade(l leg, who caller, o upgradeOutcome) {
 // binaryLeg is a daemon's leg.
 type binaryLeg struct {
 	conn
-	id     string // in logs
-	server *entry // set by claim
+	id     string  // in logs
+	server *server // set by claim
 	probe  bool
 }
 
 // phoneLeg is an app's leg.
 type phoneLeg struct {
 	conn
-	id     string // conn_id
-	server *entry // set by join; nil where that was refused
+	id     string  // conn_id
+	server *server // set by join; nil where that was refused
 	probe  bool
 
 	// Guarded by server.mu.
-	held    *hold // not nil for one that joined in grace
-	removed bool  // from server: who did that is about to close it
+	graceQueue *graceQueue // not nil for one that joined in grace
+	removed    bool        // from server: who did that is about to close it
 }
 
 // hold keeps what a phone sends in grace, as frames for the binary to come.
-type hold struct {
+type graceQueue struct {
 	queue
 	frames  uint32
 	bytes   uint64 // of messages, envelope included
@@ -423,7 +423,7 @@ func newConnID() string {
 func (r *relay) serveBinary(who caller, nc net.Conn, first, answer []byte) {
 	b := &binaryLeg{id: newConnID(), probe: who.probe}
 	b.init(r, b, who.addr)
-	if !r.takeOver(&b.conn, legBinary, who, nc, answer) {
+	if !r.takeOver(&b.conn, roleBinary, who, nc, answer) {
 		return
 	}
 	r.registry.claim(b, who.serverID, who.probe)
@@ -433,31 +433,31 @@ func (r *relay) serveBinary(who caller, nc net.Conn, first, answer []byte) {
 func (r *relay) servePhone(who caller, nc net.Conn, first, answer []byte) {
 	ph := &phoneLeg{id: newConnID(), probe: who.probe}
 	ph.init(r, ph, who.addr)
-	if !r.takeOver(&ph.conn, legPhone, who, nc, answer) {
+	if !r.takeOver(&ph.conn, rolePhone, who, nc, answer) {
 		return
 	}
 	if refused, text := r.registry.join(ph, who.serverID); refused != endNone {
-		t := r.batch()
-		r.refuseSession(t, &ph.conn, legPhone, ph.id, who.serverID, refused, text)
-		t.flush()
+		w := r.newBatch()
+		r.refuseSession(w, &ph.conn, rolePhone, ph.id, who.serverID, refused, text)
+		w.flush()
 	} else {
-		r.logConnected(&ph.conn, legPhone, ph.id, who.serverID, who.probe)
+		r.logConnected(&ph.conn, rolePhone, ph.id, who.serverID, who.probe)
 	}
 	r.begin(&ph.conn, first)
 }
 
 // takeOver makes nc c's, and queues the answer to its request. Where no poller
 // takes it, because its end is found just then, it is given up.
-func (r *relay) takeOver(c *conn, l leg, who caller, nc net.Conn, answer []byte) bool {
+func (r *relay) takeOver(c *conn, role role, who caller, nc net.Conn, answer []byte) bool {
 	c.proxied = who.proxied
 	if err := r.loop(who.serverID).bind(c, nc); err != nil {
-		r.countUpgrade(l, who, upgradeFailed)
-		r.log.Error("taking over a connection failed", "leg", l, "error", err)
+		r.countUpgrade(role, who, upgradeFailed)
+		r.log.Error("taking over a connection failed", "leg", role, "error", err)
 		nc.Close()
-		r.leave(l)
+		r.leave(role)
 		return false
 	}
-	r.countUpgrade(l, who, upgradeAccepted)
+	r.countUpgrade(role, who, upgradeAccepted)
 	c.greet(answer)
 	return true
 }
@@ -465,26 +465,26 @@ func (r *relay) takeOver(c *conn, l leg, who caller, nc net.Conn, answer []byte)
 // begin sends the 101, with whatever is queued behind it by now, and starts the
 // reading.
 func (r *relay) begin(c *conn, first []byte) {
-	t := r.batch()
+	w := r.newBatch()
 	c.mu.Lock()
-	t.addLocked(c)
+	w.addLocked(c)
 	c.mu.Unlock()
-	t.flush()
+	w.flush()
 	c.sock.attach(first)
 }
 
-func (r *relay) logConnected(c *conn, l leg, id, serverID string, probe bool) {
-	r.log.Log(context.Background(), levelOf(probe), "connected", "leg", l, "conn", id, "server", serverID, "addr", c.addr)
+func (r *relay) logConnected(c *conn, role role, id, serverID string, probe bool) {
+	r.log.Log(context.Background(), levelOf(probe), "connected", "leg", role, "conn", id, "server", serverID, "addr", c.addr)
 }
 
 // refuseSession ends a session that the registry refused. That is a close code,
 // because peers understand these as nothing else.
-func (r *relay) refuseSession(t *batch, c *conn, l leg, id, serverID string, reason closeReason, text string) {
+func (r *relay) refuseSession(w *writeBatch, c *conn, role role, id, serverID string, reason closeReason, text string) {
 	if more, ok := r.refusals.allow(r.now()); ok {
-		r.log.Warn("session refused", "leg", l, "conn", id, "server", serverID, "addr", c.addr,
+		r.log.Warn("session refused", "leg", role, "conn", id, "server", serverID, "addr", c.addr,
 			"code", reason.code(), "reason", reason, "detail", text, "unlogged", more)
 	}
-	c.finish(t, reason, reason.code(), text)
+	c.finish(w, reason, reason.code(), text)
 }
 
 // levelOf is that of a session's log lines.
@@ -498,168 +498,170 @@ func levelOf(probe bool) slog.Level {
 // message takes a phone's message to its binary, in the envelope. The check is a
 // security boundary: only exactly one JSON value can stand in it without
 // changing what the binary reads.
-func (ph *phoneLeg) message(t *batch, _ byte, p []byte) {
+func (ph *phoneLeg) message(w *writeBatch, _ byte, p []byte) {
 	switch checkJSON(p, maxPhoneDepth) {
 	case jsonBadUTF8:
-		ph.end(t, endInvalidUTF8)
+		ph.end(w, endInvalidUTF8)
 		return
 	case jsonInvalid:
-		ph.end(t, endNotJSON)
+		ph.end(w, endNotJSON)
 		return
 	}
 	var room [128]byte
 	head := appendEnvelopeHead(room[:0], ph.id)
-	e := ph.server
+	srv := ph.server
 	reason, wait := endNone, false
-	e.mu.Lock()
-	b := e.binary
+	srv.mu.Lock()
+	b := srv.binary
 	switch {
 	case ph.removed || !ph.is(connOpen):
 		// Closed from elsewhere: too late. Its notice may be queued, or the binary
 		// is another one, which does not know it.
-		e.mu.Unlock()
+		srv.mu.Unlock()
 		return
 	case b != nil:
 		b.mu.Lock()
-		e.mu.Unlock()
-		reason = b.push(t, 0, head, p, envelopeTail)
+		srv.mu.Unlock()
+		reason = b.push(w, 0, head, p, envelopeTail)
 		if wait = b.out.n >= pauseAt; wait {
 			b.waiters = append(b.waiters, &ph.conn)
 		}
 		b.mu.Unlock()
 		if reason == endNone {
-			t.upFrames++
-			t.upBytes += int64(len(p))
+			w.upFrames++
+			w.upBytes += int64(len(p))
 		}
-	case ph.held != nil:
-		if reason = ph.hold(head, p); ph.held.n >= t.relay.o.queue {
+	case ph.graceQueue != nil:
+		if reason = ph.queueInGrace(head, p); ph.graceQueue.n >= w.relay.o.queue {
 			wait = true
-			e.waiters = append(e.waiters, &ph.conn)
+			srv.waiters = append(srv.waiters, &ph.conn)
 		}
-		e.mu.Unlock()
+		srv.mu.Unlock()
 	default:
-		e.mu.Unlock()
+		srv.mu.Unlock()
 		reason = endBinaryGone
 	}
 	if wait {
 		ph.pause()
 	}
 	if reason != endNone {
-		ph.end(t, reason)
+		ph.end(w, reason)
 	}
 }
 
 // hold queues a message for the binary that comes back, server.mu held.
-func (ph *phoneLeg) hold(head, p []byte) closeReason {
+func (ph *phoneLeg) queueInGrace(head, p []byte) closeReason {
 	n := len(head) + len(p) + len(envelopeTail)
 	var room [maxSendHeader + 128]byte
 	front := append(appendFrameHeader(room[:0], opText, n), head...)
-	if !ph.held.add(&ph.relay.memory, useBacklog, front, p, envelopeTail) {
+	if !ph.graceQueue.add(&ph.relay.buffers, priorityBacklog, front, p, envelopeTail) {
 		return endMemoryLimit
 	}
-	ph.held.frames++
-	ph.held.bytes += uint64(n)
-	ph.held.payload += uint64(len(p))
+	ph.graceQueue.frames++
+	ph.graceQueue.bytes += uint64(n)
+	ph.graceQueue.payload += uint64(len(p))
 	return endNone
 }
 
 // message takes an envelope of a binary to the phone that it names.
-func (b *binaryLeg) message(t *batch, op byte, p []byte) {
-	env, fault, drop := parseEnvelope(p)
-	if fault == jsonBadUTF8 && op == opText {
-		b.end(t, endInvalidUTF8)
+func (b *binaryLeg) message(w *writeBatch, op byte, p []byte) {
+	env, verdict, drop := parseEnvelope(p)
+	if verdict == jsonBadUTF8 && op == opText {
+		b.end(w, endInvalidUTF8)
 		return
 	}
 	if drop != dropNone {
-		b.drop(t, slog.LevelWarn, drop)
+		b.drop(w, slog.LevelWarn, drop)
 		return
 	}
-	e := b.server
-	e.mu.Lock()
-	ph := e.phones[string(env.connID)]
-	if ph == nil || e.binary != b {
-		e.mu.Unlock()
+	srv := b.server
+	srv.mu.Lock()
+	ph := srv.phones[string(env.connID)]
+	if ph == nil || srv.binary != b {
+		srv.mu.Unlock()
 		level := slog.LevelWarn
 		if env.frame == nil {
 			level = slog.LevelDebug // a daemon closes a phone of whose end it has just been told
 		}
-		b.drop(t, level, dropUnknownConn)
+		b.drop(w, level, dropUnknownConn)
 		return
 	}
 	if env.hasClose {
 		// Out of the entry first: what the binary itself asks for has no notice.
-		t.relay.registry.remove(e, ph)
+		w.relay.registry.remove(srv, ph)
 	}
 	ph.mu.Lock()
-	e.mu.Unlock()
+	srv.mu.Unlock()
 	reason := endNone
 	if env.frame != nil {
-		reason = ph.push(t, t.relay.o.queue, nil, env.frame, nil)
+		reason = ph.push(w, w.relay.o.queue, nil, env.frame, nil)
 		if reason == endNone {
-			t.downFrames++
-			t.downBytes += int64(len(env.frame))
+			w.downFrames++
+			w.downBytes += int64(len(env.frame))
 		}
 	}
 	ph.mu.Unlock()
 	switch {
 	case reason != endNone:
-		ph.end(t, reason)
+		ph.end(w, reason)
 	case env.hasClose:
-		ph.finish(t, endBinaryDirective, env.closeCode, endBinaryDirective.String())
+		ph.finish(w, endBinaryDirective, env.closeCode, endBinaryDirective.String())
 	}
 }
 
 // drop counts an envelope that goes nowhere. A push wake is not logged: it
 // holds a credential, and newer daemons send it as a matter of course.
-func (b *binaryLeg) drop(t *batch, level slog.Level, reason dropReason) {
-	r := t.relay
+func (b *binaryLeg) drop(w *writeBatch, level slog.Level, reason dropReason) {
+	r := w.relay
 	r.metrics.drops[reason].Add(1)
 	if reason == dropPushWake || !r.log.Enabled(context.Background(), level) {
 		return
 	}
-	if more, ok := r.drops.allow(t.now); ok {
+	if more, ok := r.drops.allow(w.now); ok {
 		r.log.Log(context.Background(), level, "envelope dropped", "conn", b.id, "server", b.server.id, "reason", reason, "unlogged", more)
 	}
 }
 
 // challenged is peer's: the registry decides what an answer, or none, means.
-func (b *binaryLeg) challenged(t *batch, heard bool) {
+func (b *binaryLeg) challenged(w *writeBatch, heard bool) {
 	if heard {
-		t.relay.registry.answered(t, b)
+		w.relay.registry.answered(w, b)
 	} else {
-		t.relay.registry.overdue(t, b)
+		w.relay.registry.overdue(w, b)
 	}
 }
-func (ph *phoneLeg) challenged(*batch, bool) {} // nobody contends for a phone
+func (ph *phoneLeg) challenged(*writeBatch, bool) {} // nobody contends for a phone
 
-func (b *binaryLeg) ended(t *batch, _ closeReason, _ uint16)    { t.relay.registry.release(t, b) }
-func (ph *phoneLeg) ended(t *batch, _ closeReason, code uint16) { t.relay.registry.leave(t, ph, code) }
-
-func (b *binaryLeg) closed(t *batch) {
-	t.relay.sessionOver(t, &b.conn, legBinary, b.id, b.server, b.probe)
+func (b *binaryLeg) ended(w *writeBatch, _ closeReason, _ uint16) { w.relay.registry.release(w, b) }
+func (ph *phoneLeg) ended(w *writeBatch, _ closeReason, code uint16) {
+	w.relay.registry.leave(w, ph, code)
 }
-func (ph *phoneLeg) closed(t *batch) {
-	t.relay.sessionOver(t, &ph.conn, legPhone, ph.id, ph.server, ph.probe)
+
+func (b *binaryLeg) closed(w *writeBatch) {
+	w.relay.sessionOver(w, &b.conn, roleBinary, b.id, b.server, b.probe)
+}
+func (ph *phoneLeg) closed(w *writeBatch) {
+	w.relay.sessionOver(w, &ph.conn, rolePhone, ph.id, ph.server, ph.probe)
 }
 
 // sessionOver is the end of a connection: its line in the log, its count.
-func (r *relay) sessionOver(t *batch, c *conn, l leg, id string, e *entry, probe bool) {
+func (r *relay) sessionOver(w *writeBatch, c *conn, role role, id string, srv *server, probe bool) {
 	c.mu.Lock()
 	reason, code, txFrames, txBytes := c.endReason, c.endCode, c.txFrames, c.txBytes
 	c.mu.Unlock()
 	if !probe {
-		r.metrics.closes[l][reason].Add(1)
+		r.metrics.closes[role][reason].Add(1)
 	}
-	switch refused := e == nil || reason == endAlreadyClaimed; {
+	switch refused := srv == nil || reason == endAlreadyClaimed; {
 	case refused: // it has had its line
-	case c.waits.Load() != 0:
-		r.log.Log(context.Background(), levelOf(probe), "claim withdrawn", "leg", l, "conn", id, "server", e.id, "addr", c.addr,
+	case c.contendsSince.Load() != 0:
+		r.log.Log(context.Background(), levelOf(probe), "claim withdrawn", "leg", role, "conn", id, "server", srv.id, "addr", c.addr,
 			"code", code, "reason", reason)
 	default:
-		r.log.Log(context.Background(), levelOf(probe), "disconnected", "leg", l, "conn", id, "server", e.id,
-			"duration", time.Duration(t.now-c.opened),
+		r.log.Log(context.Background(), levelOf(probe), "disconnected", "leg", role, "conn", id, "server", srv.id,
+			"duration", time.Duration(w.now-c.opened),
 			"frames_in", c.rxFrames, "bytes_in", c.rxBytes, "frames_out", txFrames, "bytes_out", txBytes,
 			"code", code, "reason", reason)
 	}
-	r.leave(l)
+	r.leave(role)
 }

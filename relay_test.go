@@ -103,7 +103,7 @@ func TestPages(t *testing.T) {
 	})
 }
 
-var endpoints = map[leg][]string{legBinary: {"/v1/server", "/v2/server"}, legPhone: {"/v1/client", "/v2/client"}}
+var endpoints = map[role][]string{roleBinary: {"/v1/server", "/v2/server"}, rolePhone: {"/v1/client", "/v2/client"}}
 
 // Each request of the table breaks its own gate and all that come after it.
 func TestGates(t *testing.T) {
@@ -144,13 +144,13 @@ func TestGates(t *testing.T) {
 		}
 		try := func(g gate) {
 			t.Helper()
-			for l, paths := range endpoints {
+			for role, paths := range endpoints {
 				for _, path := range paths {
 					addr := g.addr
 					if addr == "" {
 						addr = newcomer()
 					}
-					before := r.metrics.upgrades[l][g.outcome].Load()
+					before := r.metrics.upgrades[role][g.outcome].Load()
 					resp, body := r.ask(append([]string{g.method + " " + path + " HTTP/1.1", "Host: relay", "X-Forwarded-For: " + addr}, g.lines...)...)
 					if resp.StatusCode != g.status {
 						t.Errorf("%s: %s %s: %d %q, want %d", g.name, g.method, path, resp.StatusCode, body, g.status)
@@ -169,7 +169,7 @@ func TestGates(t *testing.T) {
 					if wait, err := strconv.Atoi(resp.Header.Get("Retry-After")); (g.status == 429 || g.status == 503) != (err == nil && wait > 0) {
 						t.Errorf("%s: Retry-After is %q", g.name, resp.Header.Get("Retry-After"))
 					}
-					if got := r.metrics.upgrades[l][g.outcome].Load() - before; got != 1 {
+					if got := r.metrics.upgrades[role][g.outcome].Load() - before; got != 1 {
 						t.Errorf("%s: %q counted %d times", g.name, g.outcome, got)
 					}
 				}
@@ -179,7 +179,7 @@ func TestGates(t *testing.T) {
 		try(gate{"cap", "POST", "", nil, 503, upgradeFull, nil})
 		holder.close(1000, "")
 		holder.wantEnd(1000, "")
-		r.settle("the holder is gone", func() bool { return r.count(legBinary) == 0 })
+		r.settle("the holder is gone", func() bool { return r.count(roleBinary) == 0 })
 		for _, g := range []gate{
 			{"headers", "POST", "", nil, 400, upgradeBadHeader, nil},
 			{"method", "POST", "", join(good, badVersion, badKey), 405, upgradeBadRequest, map[string]string{"Allow": "GET"}},
@@ -195,9 +195,9 @@ func TestGates(t *testing.T) {
 		} {
 			try(g)
 		}
-		for l, paths := range endpoints {
+		for role, paths := range endpoints {
 			for _, path := range paths {
-				before := r.metrics.upgrades[l][upgradeAccepted].Load()
+				before := r.metrics.upgrades[role][upgradeAccepted].Load()
 				resp, _ := r.ask(join("GET "+path+" HTTP/1.1", "Host: relay", "X-Forwarded-For: "+newcomer(), good, upgrade, version, key)...)
 				if resp.StatusCode != 101 || resp.Header.Get("Sec-WebSocket-Accept") != "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" {
 					t.Errorf("%s: %s %v", path, resp.Status, resp.Header)
@@ -205,10 +205,10 @@ func TestGates(t *testing.T) {
 				if got := resp.Header.Get("x-pyrycode-relay-instance"); got != r.id.String() {
 					t.Errorf("%s: instance is %q, want %q", path, got, r.id)
 				}
-				if got := r.metrics.upgrades[l][upgradeAccepted].Load() - before; got != 1 {
+				if got := r.metrics.upgrades[role][upgradeAccepted].Load() - before; got != 1 {
 					t.Errorf("%s: counted %d times", path, got)
 				}
-				r.settle("it is gone", func() bool { r.cutOff(); return r.count(l) == 0 })
+				r.settle("it is gone", func() bool { r.cutOff(); return r.count(role) == 0 })
 			}
 		}
 		r.mustDial("/v2/server", from(newcomer(), binaryHeaders("holder")))
@@ -221,34 +221,34 @@ func TestRequestHeaders(t *testing.T) {
 	t.Parallel()
 	tests := []struct {
 		name   string
-		only   leg // legCount: both
+		only   role // legCount: both
 		change func(h http.Header)
 		ok     bool
 	}{
-		{"as they are", legCount, func(http.Header) {}, true},
-		{"no server-id", legCount, func(h http.Header) { h.Del("X-Pyrycode-Server") }, false},
-		{"no user-agent", legCount, func(h http.Header) { h.Del("User-Agent") }, false},
-		{"no version", legBinary, func(h http.Header) { h.Del("X-Pyrycode-Version") }, false},
-		{"no version", legPhone, func(h http.Header) { h.Del("X-Pyrycode-Version") }, true},
-		{"empty server-id", legCount, func(h http.Header) { h.Set("X-Pyrycode-Server", "") }, false},
-		{"blank user-agent", legCount, func(h http.Header) { h.Set("User-Agent", " \t") }, false},
-		{"blank version", legBinary, func(h http.Header) { h.Set("X-Pyrycode-Version", " ") }, false},
-		{"blank server-id before a good one", legCount, func(h http.Header) { h["X-Pyrycode-Server"] = []string{" ", "good"} }, false},
-		{"blank user-agent before a good one", legCount, func(h http.Header) { h["User-Agent"] = []string{"", "good"} }, false},
-		{"good values before bad ones", legCount, func(h http.Header) {
+		{"as they are", roleCount, func(http.Header) {}, true},
+		{"no server-id", roleCount, func(h http.Header) { h.Del("X-Pyrycode-Server") }, false},
+		{"no user-agent", roleCount, func(h http.Header) { h.Del("User-Agent") }, false},
+		{"no version", roleBinary, func(h http.Header) { h.Del("X-Pyrycode-Version") }, false},
+		{"no version", rolePhone, func(h http.Header) { h.Del("X-Pyrycode-Version") }, true},
+		{"empty server-id", roleCount, func(h http.Header) { h.Set("X-Pyrycode-Server", "") }, false},
+		{"blank user-agent", roleCount, func(h http.Header) { h.Set("User-Agent", " \t") }, false},
+		{"blank version", roleBinary, func(h http.Header) { h.Set("X-Pyrycode-Version", " ") }, false},
+		{"blank server-id before a good one", roleCount, func(h http.Header) { h["X-Pyrycode-Server"] = []string{" ", "good"} }, false},
+		{"blank user-agent before a good one", roleCount, func(h http.Header) { h["User-Agent"] = []string{"", "good"} }, false},
+		{"good values before bad ones", roleCount, func(h http.Header) {
 			for _, name := range []string{"X-Pyrycode-Server", "User-Agent", "X-Pyrycode-Version"} {
 				if h[name] != nil {
 					h[name] = append(h[name], "", "no good")
 				}
 			}
 		}, true},
-		{"token and device name", legCount, func(h http.Header) {
+		{"token and device name", roleCount, func(h http.Header) {
 			h.Set("X-Pyrycode-Token", "a-secret-token")
 			h.Set("X-Pyrycode-Device-Name", "Pixel 9")
 		}, true},
-		{"any origin", legCount, func(h http.Header) { h.Set("Origin", "https://elsewhere.example") }, true},
-		{"null origin", legCount, func(h http.Header) { h.Set("Origin", "null") }, true},
-		{"subprotocols and extensions", legCount, func(h http.Header) {
+		{"any origin", roleCount, func(h http.Header) { h.Set("Origin", "https://elsewhere.example") }, true},
+		{"null origin", roleCount, func(h http.Header) { h.Set("Origin", "null") }, true},
+		{"subprotocols and extensions", roleCount, func(h http.Header) {
 			h.Set("Sec-WebSocket-Protocol", "chat, superchat")
 			h.Set("Sec-WebSocket-Extensions", "permessage-deflate; client_max_window_bits")
 		}, true},
@@ -256,27 +256,27 @@ func TestRequestHeaders(t *testing.T) {
 	for _, id := range []string{"a", strings.Repeat("x", 128), "ABCXYZabcxyz0189._~-", "3b8c6a0e-4a9c-4c55-9a3c-8c1a3a0b5f6d"} {
 		tests = append(tests, struct {
 			name   string
-			only   leg
+			only   role
 			change func(h http.Header)
 			ok     bool
-		}{"server-id " + id, legCount, func(h http.Header) { h.Set("X-Pyrycode-Server", id) }, true})
+		}{"server-id " + id, roleCount, func(h http.Header) { h.Set("X-Pyrycode-Server", id) }, true})
 	}
 	for _, id := range []string{strings.Repeat("x", 129), "two words", "a/b", "a,b", "a:b", "a%20b", "ä", "a\x7f", "\"a\"", "a+b"} {
 		tests = append(tests, struct {
 			name   string
-			only   leg
+			only   role
 			change func(h http.Header)
 			ok     bool
-		}{"server-id " + id, legCount, func(h http.Header) { h.Set("X-Pyrycode-Server", id) }, false})
+		}{"server-id " + id, roleCount, func(h http.Header) { h.Set("X-Pyrycode-Server", id) }, false})
 	}
 	onEach(t, testOptions(), func(t *testing.T, r *testRelay) {
-		for l, paths := range endpoints {
+		for role, paths := range endpoints {
 			for i, tt := range tests {
-				if tt.only != legCount && tt.only != l {
+				if tt.only != roleCount && tt.only != role {
 					continue
 				}
 				h := phoneHeaders("good")
-				if l == legBinary {
+				if role == roleBinary {
 					h = binaryHeaders(fmt.Sprintf("good-%d", i))
 				}
 				tt.change(h)
@@ -289,14 +289,14 @@ func TestRequestHeaders(t *testing.T) {
 				}
 				resp, body := r.ask(lines...)
 				if want := map[bool]int{true: 101, false: 400}[tt.ok]; resp.StatusCode != want {
-					t.Errorf("%s, %s: %s %q, want %d", l, tt.name, resp.Status, body, want)
+					t.Errorf("%s, %s: %s %q, want %d", role, tt.name, resp.Status, body, want)
 				}
 				if !tt.ok {
 					continue
 				}
 				for _, name := range []string{"Sec-Websocket-Protocol", "Sec-Websocket-Extensions"} {
 					if v, ok := resp.Header[name]; ok {
-						t.Errorf("%s, %s: the relay negotiated %s %q", l, tt.name, name, v)
+						t.Errorf("%s, %s: the relay negotiated %s %q", role, tt.name, name, v)
 					}
 				}
 			}
@@ -315,7 +315,7 @@ func TestServerIDs(t *testing.T) {
 		h["X-Pyrycode-Server"] = []string{"first", "second"}
 		b := r.mustDial("/v1/server", h)
 		r.settle("the claim", func() bool { return r.metrics.connectedBinaries.Load() == 1 })
-		for _, path := range endpoints[legPhone] {
+		for _, path := range endpoints[rolePhone] {
 			h := phoneHeaders("first")
 			h["X-Pyrycode-Server"] = []string{"first", "third"}
 			r.mustDial(path, h).greet(b)

@@ -5,47 +5,47 @@ import "time"
 // ---- writing: any goroutine ----
 
 // addLocked puts c among the peers that the batch flushes, c.mu held.
-func (t *batch) addLocked(c *conn) {
+func (w *writeBatch) addLocked(c *conn) {
 	if !c.dirty {
 		c.dirty = true
-		t.dirty = append(t.dirty, c)
+		w.dirty = append(w.dirty, c)
 	}
 }
 
 // greet queues the answer to an upgrade, before anybody else knows c: whatever
 // is queued for it from then on comes behind.
 func (c *conn) greet(answer []byte) {
-	c.enqueue(useAlways, answer, nil, nil)
+	c.enqueue(priorityAlways, answer, nil, nil)
 }
 
 // push queues one TEXT message made of three parts, mu held. Where a limit is
 // reached nothing is queued and the reason is told: limit bytes in the queue (0
 // for none) or the process's budget. On a connection that is ending it does
 // nothing.
-func (c *conn) push(t *batch, limit int, head, payload, tail []byte) closeReason {
+func (c *conn) push(w *writeBatch, limit int, head, payload, tail []byte) closeReason {
 	if !c.is(connOpen) {
 		return endNone
 	}
 	n := len(head) + len(payload) + len(tail)
-	front := append(appendFrameHeader(t.front[:0], opText, n), head...)
+	front := append(appendFrameHeader(w.front[:0], opText, n), head...)
 	if size := len(front) + len(payload) + len(tail); limit > 0 && c.out.n+size > limit {
-		c.flush(t)
+		c.flush(w)
 		if c.out.n+size > limit {
 			return endBacklogFull
 		}
 	}
-	if !c.put(t, front, payload, tail) {
+	if !c.put(w, front, payload, tail) {
 		return endMemoryLimit
 	}
 	c.txFrames++
 	c.txBytes += uint64(n)
-	t.addLocked(c)
+	w.addLocked(c)
 	return endNone
 }
 
 // notice queues the close notice of a phone, mu held. It is never refused: there
 // is one for each phone.
-func (c *conn) notice(t *batch, connID string, code uint16) {
+func (c *conn) notice(w *writeBatch, connID string, code uint16) {
 	if !c.is(connOpen) {
 		return
 	}
@@ -53,16 +53,16 @@ func (c *conn) notice(t *batch, connID string, code uint16) {
 	n := appendCloseNotice(b[maxSendHeader:maxSendHeader], connID, code)
 	var h [maxSendHeader]byte
 	front := appendFrameHeader(h[:0], opText, len(n))
-	c.enqueue(useAlways, front, n, nil)
+	c.enqueue(priorityAlways, front, n, nil)
 	c.txFrames++
 	c.txBytes += uint64(len(n))
-	t.addLocked(c)
+	w.addLocked(c)
 }
 
 // enqueue appends the parts as one to what waits for the socket, or nothing at
 // all when the budget is spent, mu held.
-func (c *conn) enqueue(u use, front, payload, tail []byte) bool {
-	if !c.out.add(&c.relay.memory, u, front, payload, tail) {
+func (c *conn) enqueue(priority priority, front, payload, tail []byte) bool {
+	if !c.out.add(&c.relay.buffers, priority, front, payload, tail) {
 		return false
 	}
 	c.queued += uint64(len(front) + len(payload) + len(tail))
@@ -70,39 +70,39 @@ func (c *conn) enqueue(u use, front, payload, tail []byte) bool {
 }
 
 // put writes or queues one message, mu held.
-func (c *conn) put(t *batch, front, payload, tail []byte) bool {
-	if len(payload) >= directWrite && c.blocked == 0 {
-		c.flush(t)
+func (c *conn) put(w *writeBatch, front, payload, tail []byte) bool {
+	if len(payload) >= directWrite && c.blockedSince == 0 {
+		c.flush(w)
 	}
 	size := len(front) + len(payload) + len(tail)
-	if len(payload) < directWrite || c.out.n > 0 || c.broken {
-		u := c.passing
-		if c.blocked != 0 && u == usePassing {
-			u = useBacklog
+	if len(payload) < directWrite || c.out.n > 0 || c.failed {
+		priority := c.passing
+		if c.blockedSince != 0 && priority == priorityPassing {
+			priority = priorityBacklog
 		}
-		if !c.fits(size) || !c.enqueue(u, front, payload, tail) {
+		if !c.fits(size) || !c.enqueue(priority, front, payload, tail) {
 			return false
 		}
-		return c.out.n < flushAt || c.flushNew(t)
+		return c.out.n < flushAt || c.flushNew(w)
 	}
 	// The budget is asked before the first byte is out: half a message could
 	// neither be completed nor followed by a close frame.
-	budget := c.relay.memory.budget
+	budget := c.relay.buffers.budget
 	if !budget.take(size, c.passing) {
 		return false
 	}
-	t.views[0], t.views[1], t.views[2] = front, payload, tail
-	n, err := c.sock.write(t.views[:3])
+	w.views[0], w.views[1], w.views[2] = front, payload, tail
+	n, err := c.sock.write(w.views[:3])
 	budget.give(size)
-	for _, p := range t.views[:3] {
+	for _, p := range w.views[:3] {
 		done := min(n, len(p))
 		n -= done
 		if p = p[done:]; len(p) > 0 {
-			c.enqueue(useAlways, p, nil, nil)
+			c.enqueue(priorityAlways, p, nil, nil)
 		}
 	}
-	clear(t.views[:3])
-	c.wrote(t, err)
+	clear(w.views[:3])
+	c.wrote(w, err)
 	return c.fits(0)
 }
 
@@ -110,27 +110,27 @@ func (c *conn) put(t *batch, front, payload, tail []byte) bool {
 // share of the budget, mu held. What waits for a binary has no share: that is
 // bounded by pauseAt, and phones that do not read must not end it.
 func (c *conn) fits(n int) bool {
-	return c.blocked == 0 || c.passing == useBinary || int64(c.out.n+n) <= c.relay.memory.budget.share()
+	return c.blockedSince == 0 || c.passing == priorityBinary || int64(c.out.n+n) <= c.relay.buffers.budget.share()
 }
 
 // flushNew is flush for bytes that were queued because they were about to go out,
 // mu held. It reports false if they turn out to wait, and do not fit.
-func (c *conn) flushNew(t *batch) bool {
-	if c.blocked != 0 {
+func (c *conn) flushNew(w *writeBatch) bool {
+	if c.blockedSince != 0 {
 		return true // they were queued as what waits
 	}
-	c.flush(t)
+	c.flush(w)
 	return c.fits(0)
 }
 
 // flush writes what is queued until the socket takes no more, mu held.
-func (c *conn) flush(t *batch) {
-	for c.out.n > 0 && c.blocked == 0 && !c.broken {
-		nv := c.out.views(t.views[:])
-		n, err := c.sock.write(t.views[:nv])
-		clear(t.views[:nv])
-		c.out.discard(&c.relay.memory, n)
-		c.wrote(t, err)
+func (c *conn) flush(w *writeBatch) {
+	for c.out.n > 0 && c.blockedSince == 0 && !c.failed {
+		nv := c.out.views(w.views[:])
+		n, err := c.sock.write(w.views[:nv])
+		clear(w.views[:nv])
+		c.out.discard(&c.relay.buffers, n)
+		c.wrote(w, err)
 		if c.out.n == 0 && c.pong != nil {
 			p := c.pong
 			c.pong = nil
@@ -138,16 +138,16 @@ func (c *conn) flush(t *batch) {
 		}
 	}
 	if c.out.n == 0 {
-		c.flushed(t.now)
+		c.flushed(w.now)
 	}
 }
 
 // wrote notes what a write came to, mu held.
-func (c *conn) wrote(t *batch, err error) {
+func (c *conn) wrote(w *writeBatch, err error) {
 	switch {
 	case err == nil:
 	case err == errAgain:
-		c.blocked = t.now
+		c.blockedSince = w.now
 	default:
 		c.cut()
 	}
@@ -155,29 +155,29 @@ func (c *conn) wrote(t *batch, err error) {
 
 // cut gives up on the peer, mu held. The reader finds the end of the socket.
 func (c *conn) cut() {
-	c.broken = true
-	c.out.drop(&c.relay.memory)
+	c.failed = true
+	c.out.drop(&c.relay.buffers)
 	c.sock.abort()
 }
 
 // stuck reports whether the peer really takes nothing, mu held. A kernel tells of
 // room only when a good part of the send buffer is free, for which a slow peer
 // may need longer than it has: the socket itself is asked before it is given up.
-func (c *conn) stuck(t *batch) bool {
+func (c *conn) stuck(w *writeBatch) bool {
 	queued := c.out.n
-	c.blocked = 0
-	c.flush(t)
-	t.addLocked(c) // to wake who waits for it
+	c.blockedSince = 0
+	c.flush(w)
+	w.addLocked(c) // to wake who waits for it
 	return c.out.n == queued
 }
 
 // flushed moves a connection that is ending on once its last bytes are out, mu held.
 func (c *conn) flushed(now int64) {
-	if !c.is(connClosing) || c.broken || c.endReason == endPeerLost {
+	if !c.is(connClosing) || c.failed || c.endReason == endPeerLost {
 		return
 	}
 	if c.sock.unsent() { // its time begins when they are gone
-		c.blocked = now
+		c.blockedSince = now
 		return
 	}
 	if !c.answered {
@@ -194,7 +194,7 @@ func (c *conn) flushed(now int64) {
 	c.closeAfter(now, c.relay.o.closeTimeout)
 }
 
-func (c *conn) closeAfter(now int64, d time.Duration) { c.closeBy = now + int64(d) }
+func (c *conn) closeAfter(now int64, d time.Duration) { c.closeDeadline = now + int64(d) }
 
 // drained hands out the phones that waited for this binary once it has taken
 // enough, mu held. The caller wakes them without the lock.
@@ -206,17 +206,17 @@ func (c *conn) drained() (woken []*conn) {
 }
 
 // writable: the socket takes bytes again. Called by the reader.
-func (c *conn) writable(t *batch) {
+func (c *conn) writable(w *writeBatch) {
 	c.mu.Lock()
-	if c.blocked == 0 {
+	if c.blockedSince == 0 {
 		c.mu.Unlock()
 		return
 	}
-	c.blocked = 0
+	c.blockedSince = 0
 	if c.is(connClosing) && !c.sentClose {
-		c.closeAfter(t.now, c.relay.o.writeTimeout) // slow is not silent
+		c.closeAfter(w.now, c.relay.o.writeTimeout) // slow is not silent
 	}
-	c.flush(t)
+	c.flush(w)
 	woken := c.drained()
 	c.mu.Unlock()
 	wake(woken)
@@ -226,7 +226,7 @@ func (c *conn) writable(t *batch) {
 func (c *conn) isOut(end uint64) bool { return c.queued-uint64(c.out.n) >= end }
 
 // sendPong answers a ping.
-func (c *conn) sendPong(t *batch, p []byte) {
+func (c *conn) sendPong(w *writeBatch, p []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if !c.is(connOpen) {
@@ -240,7 +240,7 @@ func (c *conn) sendPong(t *batch, p []byte) {
 		return
 	}
 	c.queuePong(p)
-	t.addLocked(c)
+	w.addLocked(c)
 }
 
 // queuePong appends a pong, mu held.
@@ -255,5 +255,5 @@ func (c *conn) queuePong(p []byte) {
 func (c *conn) queueControl(op byte, p []byte) {
 	var b [2 + maxControl]byte
 	f := append(appendFrameHeader(b[:0], op, len(p)), p...)
-	c.enqueue(useAlways, f, nil, nil)
+	c.enqueue(priorityAlways, f, nil, nil)
 }

@@ -20,14 +20,14 @@ func TestFramesPassUnchanged(t *testing.T) {
 		`{"conn_id":"victim","frame":1,"close_code":4401,"token":"x"}`, `{"":{"":[[[]]]}}`,
 		`"` + strings.Repeat("A", 87<<10) + `"`,
 	}
-	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, l leg) {
-		ln := r.lane(l)
+	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, role role) {
+		ln := r.lane(role)
 		for _, op := range []byte{opText, opBinary} {
 			for _, f := range frames {
 				ln.from.frame(op, ln.message(f))
 				got := ln.to.message()
 				want := f
-				if l == legPhone {
+				if role == rolePhone {
 					want = `{"conn_id":"` + ln.connID + `","frame":` + f + `}`
 				}
 				if got != want {
@@ -36,7 +36,7 @@ func TestFramesPassUnchanged(t *testing.T) {
 			}
 		}
 		// White space around a phone's value is part of its bytes.
-		if l == legPhone {
+		if role == rolePhone {
 			ln.from.text(" \r\n\t[1]\n")
 			if got, want := ln.to.message(), `{"conn_id":"`+ln.connID+"\",\"frame\": \r\n\t[1]\n}"; got != want {
 				t.Errorf("got %q, want %q", got, want)

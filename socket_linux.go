@@ -100,7 +100,7 @@ func send(fd int, bufs [][]byte) (int, error) {
 		b := bufs[0]
 		n, _, errno = syscall.RawSyscall6(syscall.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), flags, 0, 0)
 	} else {
-		var iov [len(batch{}.views)]syscall.Iovec
+		var iov [len(writeBatch{}.views)]syscall.Iovec
 		for i, b := range bufs {
 			iov[i].Base = unsafe.SliceData(b)
 			iov[i].SetLen(len(b))

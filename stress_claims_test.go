@@ -106,16 +106,16 @@ func (l *lostRound) join(name string) (*lostDaemon, error) {
 	l.note("%s comes", name)
 	d := &lostDaemon{wsClient: c, said: make(chan string, 1), end: make(chan string, 1)}
 	// It has its 101, so it stands in the entry, unless it was refused.
-	v, ok := l.r.registry.entries.Load(l.id)
+	v, ok := l.r.registry.servers.Load(l.id)
 	if !ok {
 		return nil, fmt.Errorf("%s has no entry", name)
 	}
-	e := v.(*entry)
-	e.mu.Lock()
-	if d.leg = e.binary; len(e.contenders) > 0 {
-		d.leg = e.contenders[len(e.contenders)-1]
+	srv := v.(*server)
+	srv.mu.Lock()
+	if d.leg = srv.binary; len(srv.contenders) > 0 {
+		d.leg = srv.contenders[len(srv.contenders)-1]
 	}
-	e.mu.Unlock()
+	srv.mu.Unlock()
 	go d.listen()
 	return d, nil
 }

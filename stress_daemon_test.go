@@ -283,7 +283,7 @@ func (s *stressServer) run(rng *rand.Rand, quit chan struct{}) {
 			var early *stressPhone
 			switch again := rng.IntN(6); {
 			case again == 0 && w.tiny: // nobody comes back in time
-				w.until("end of the grace of "+s.id, func() bool { _, ok := w.r.registry.entries.Load(s.id); return !ok })
+				w.until("end of the grace of "+s.id, func() bool { _, ok := w.r.registry.servers.Load(s.id); return !ok })
 			case again < 4 && !w.tiny:
 				early = s.joinInGrace(rng)
 			}

@@ -202,20 +202,20 @@ func (w *stressWorld) reckon() {
 			w.t.Errorf("%s: %d are left", name, n)
 		}
 	}
-	w.r.registry.entries.Range(func(id, _ any) bool {
+	w.r.registry.servers.Range(func(id, _ any) bool {
 		w.t.Errorf("entry %v is left", id)
 		return true
 	})
-	for l := range legCount {
+	for role := range roleCount {
 		ends := int64(0)
 		for reason := range closeReasonCount {
-			ends += m.closes[l][reason].Load()
+			ends += m.closes[role][reason].Load()
 		}
-		if begun := m.upgrades[l][upgradeAccepted].Load(); ends != begun {
-			w.t.Errorf("%s: %d connections began and %d ended", l, begun, ends)
+		if begun := m.upgrades[role][upgradeAccepted].Load(); ends != begun {
+			w.t.Errorf("%s: %d connections began and %d ended", role, begun, ends)
 		}
-		if n := m.closes[l][endInternal].Load(); n != 0 {
-			w.t.Errorf("%s: %d ended with %q", l, n, endInternal)
+		if n := m.closes[role][endInternal].Load(); n != 0 {
+			w.t.Errorf("%s: %d ended with %q", role, n, endInternal)
 		}
 	}
 	for reason := range dropReasonCount {
@@ -224,7 +224,7 @@ func (w *stressWorld) reckon() {
 			w.t.Errorf("%d envelopes dropped for %q, want %d to %d", n, reason, sure, all)
 		}
 	}
-	many := m.upgrades[legPhone][upgradeAccepted].Load() > 40*int64(len(stressPlans))
+	many := m.upgrades[rolePhone][upgradeAccepted].Load() > 40*int64(len(stressPlans))
 	var counts []string
 	for _, p := range stressPlans {
 		n := w.proofs(p.name).Load()
@@ -238,7 +238,7 @@ func (w *stressWorld) reckon() {
 		w.t.Errorf("-max-connections refused %d, -max-phones %d; want some of both", w.full.Load(), w.crowded.Load())
 	}
 	w.t.Logf("%d phones, %d daemons, %d frames up, %d down, %d+%d refused; to the end as planned: %s",
-		m.upgrades[legPhone][upgradeAccepted].Load(), m.upgrades[legBinary][upgradeAccepted].Load(),
+		m.upgrades[rolePhone][upgradeAccepted].Load(), m.upgrades[roleBinary][upgradeAccepted].Load(),
 		m.framesUp.Load(), m.framesDown.Load(), w.full.Load(), w.crowded.Load(), strings.Join(counts, ", "))
 }
 

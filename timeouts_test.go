@@ -12,13 +12,13 @@ import (
 
 func TestHeartbeat(t *testing.T) {
 	t.Parallel()
-	for _, l := range []leg{legPhone, legBinary} {
-		t.Run(l.String(), func(t *testing.T) {
+	for _, role := range []role{rolePhone, roleBinary} {
+		t.Run(role.String(), func(t *testing.T) {
 			t.Parallel()
 			o := testOptions()
 			o.messageTimeout = time.Hour
 			onFakeClock(t, o, func(t *testing.T, r *testRelay) {
-				ln := r.lane(l)
+				ln := r.lane(role)
 				// Every sign of life counts, a whole message or not.
 				m := clientFrame(last, opText, ln.message("1"))
 				for i, sign := range [][]byte{
@@ -38,7 +38,7 @@ func TestHeartbeat(t *testing.T) {
 				silent := time.Now()
 				ln.from.wantClose(1011, "heartbeat timeout")
 				wantAfter(t, "the end of a silent peer", silent, 30*time.Second)
-				if l == legPhone {
+				if role == rolePhone {
 					ln.to.wantNotice(ln.connID, 1011)
 				}
 			})
@@ -97,7 +97,7 @@ func TestMessageDeadline(t *testing.T) {
 	t.Parallel()
 	o := testOptions()
 	o.ping = time.Hour
-	for _, l := range []leg{legPhone, legBinary} {
+	for _, role := range []role{rolePhone, roleBinary} {
 		for _, tt := range []struct {
 			name string
 			cut  func(m []byte) [][]byte // one every five seconds
@@ -115,10 +115,10 @@ func TestMessageDeadline(t *testing.T) {
 				return [][]byte{clientFrame(more, opText, nil), ping, ping, ping, ping, ping}
 			}},
 		} {
-			t.Run(l.String()+"/"+tt.name, func(t *testing.T) {
+			t.Run(role.String()+"/"+tt.name, func(t *testing.T) {
 				t.Parallel()
 				onFakeClock(t, o, func(t *testing.T, r *testRelay) {
-					ln := r.lane(l)
+					ln := r.lane(role)
 					start := time.Now()
 					for _, piece := range tt.cut(ln.message(`"unfinished"`)) {
 						ln.from.raw(piece)
@@ -126,7 +126,7 @@ func TestMessageDeadline(t *testing.T) {
 					}
 					ln.from.wantClose(1011, "message timeout")
 					wantAfter(t, "the end of an unfinished message", start, 30*time.Second)
-					if l == legPhone {
+					if role == rolePhone {
 						ln.to.wantNotice(ln.connID, 1011)
 					}
 				})
@@ -141,12 +141,12 @@ func TestMessageDeadlineStartsAnew(t *testing.T) {
 	t.Parallel()
 	o := testOptions()
 	o.ping = time.Hour
-	for _, l := range []leg{legPhone, legBinary} {
+	for _, role := range []role{rolePhone, roleBinary} {
 		for _, op := range []byte{opText, opPing} {
-			t.Run(fmt.Sprintf("%s/opcode %d", l, op), func(t *testing.T) {
+			t.Run(fmt.Sprintf("%s/opcode %d", role, op), func(t *testing.T) {
 				t.Parallel()
 				onFakeClock(t, o, func(t *testing.T, r *testRelay) {
-					ln := r.lane(l)
+					ln := r.lane(role)
 					payload := []byte("1")
 					if op == opText {
 						payload = ln.message("1")
@@ -176,7 +176,7 @@ func TestWriteDeadlineOfASlowPeer(t *testing.T) {
 	b, _, ph, s, bt := memPair(t, r.relay)
 	tick := func(after time.Duration) {
 		bt.now += int64(after)
-		ph.tick(bt)
+		ph.checkTimeouts(bt)
 		bt.flush()
 	}
 	s.full = true
@@ -211,7 +211,7 @@ func TestHeartbeatBehindABacklog(t *testing.T) {
 			s.room = chunk
 			bt.now += int64(time.Second)
 			ph.writable(bt)
-			ph.tick(bt)
+			ph.checkTimeouts(bt)
 			bt.flush()
 		}
 	}

@@ -149,10 +149,10 @@ type lane struct {
 }
 
 // lane connects a pair of its own; l sends.
-func (r *testRelay) lane(l leg) lane {
+func (r *testRelay) lane(role role) lane {
 	r.t.Helper()
 	b, ph, connID := r.pair(newConnID())
-	if l == legBinary {
+	if role == roleBinary {
 		return lane{b, ph, connID, `{"conn_id":"` + connID + `","frame":`, `}`, ph.message}
 	}
 	return lane{ph, b, connID, "", "", func() string { return string(b.envelope().Frame) }}
@@ -169,11 +169,11 @@ func (l lane) wants(payload string) {
 }
 
 // onLegs runs a scenario for the sender of each leg.
-func onLegs(t *testing.T, o options, scenario func(t *testing.T, r *testRelay, l leg)) {
-	for _, l := range []leg{legPhone, legBinary} {
-		t.Run(l.String(), func(t *testing.T) {
+func onLegs(t *testing.T, o options, scenario func(t *testing.T, r *testRelay, role role)) {
+	for _, role := range []role{rolePhone, roleBinary} {
+		t.Run(role.String(), func(t *testing.T) {
 			t.Parallel()
-			onEach(t, o, func(t *testing.T, r *testRelay) { scenario(t, r, l) })
+			onEach(t, o, func(t *testing.T, r *testRelay) { scenario(t, r, role) })
 		})
 	}
 }

@@ -87,9 +87,9 @@ func memoryWarning(o options, allowed int64, from string) (text string, attrs []
 // held is trimmer.held of the relay.
 func (r *relay) held() int64 {
 	r.mu.Lock()
-	sessions := r.live[legBinary] + r.live[legPhone]
+	sessions := r.live[roleBinary] + r.live[rolePhone]
 	r.mu.Unlock()
-	return int64(sessions)*sessionCost + r.requests.Load()*requestCost + max(0, r.memory.budget.used()-dailyBuffers)
+	return int64(sessions)*sessionCost + r.requests.Load()*requestCost + max(0, r.buffers.budget.used()-dailyBuffers)
 }
 
 // start begins to look, until stop.

@@ -79,12 +79,12 @@ func TestHeld(t *testing.T) {
 			return func() { r.requests.Add(-1) }
 		}, requestCost},
 		{"a stream's buffers", func() func() {
-			r.memory.budget.take(dailyBuffers, usePassing)
-			return func() { r.memory.budget.give(dailyBuffers) }
+			r.buffers.budget.take(dailyBuffers, priorityPassing)
+			return func() { r.buffers.budget.give(dailyBuffers) }
 		}, 0},
 		{"a wave of buffers", func() func() {
-			r.memory.budget.take(2*dailyBuffers, usePassing)
-			return func() { r.memory.budget.give(2 * dailyBuffers) }
+			r.buffers.budget.take(2*dailyBuffers, priorityPassing)
+			return func() { r.buffers.budget.give(2 * dailyBuffers) }
 		}, dailyBuffers},
 	} {
 		leave := c.come()

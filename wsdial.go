@@ -47,7 +47,7 @@ var dialStepWords = [dialStepCount]string{"dns", "tcp", "tls", "upgrade"}
 func (s dialStep) String() string { return dialStepWords[s] }
 
 // trip is what was met on the way, as far as it went.
-type trip struct {
+type dialTrace struct {
 	addrs  []netip.Addr
 	remote netip.AddrPort
 	took   [dialStepCount]time.Duration
@@ -81,9 +81,9 @@ func (a *answer) standing() (standing, bool) {
 
 // dialError says which step failed.
 type dialError struct {
-	step dialStep
-	trip *trip
-	err  error
+	step  dialStep
+	trace *dialTrace
+	err   error
 }
 
 func (e *dialError) Error() string { return fmt.Sprintf("%s: %v", e.step, e.err) }
@@ -96,7 +96,7 @@ func answerOf(peer *wsPeer, err error) *answer {
 	case peer != nil:
 		return peer.answer
 	case errors.As(err, &failed):
-		return failed.trip.answer
+		return failed.trace.answer
 	}
 	return nil
 }
@@ -110,8 +110,8 @@ type dialer struct {
 
 // dial opens a session of one leg, which lasts until close or the end of ctx.
 // A nonce, if any, is one of the relay's own. An error is a *dialError.
-func (d *dialer) dial(ctx context.Context, l leg, serverID, nonce string) (*wsPeer, error) {
-	t := new(trip)
+func (d *dialer) dial(ctx context.Context, role role, serverID, nonce string) (*wsPeer, error) {
+	t := new(dialTrace)
 	fail := func(step dialStep, err error) (*wsPeer, error) {
 		if ctx.Err() != nil {
 			err = ctx.Err()
@@ -131,14 +131,14 @@ func (d *dialer) dial(ctx context.Context, l leg, serverID, nonce string) (*wsPe
 		}
 	}
 	c := &wsPeer{
-		trip: t, nc: nc,
+		dialTrace: t, nc: nc,
 		unwatch:  context.AfterFunc(ctx, func() { nc.Close() }),
 		messages: make(chan []byte, 16),
 		pongs:    make(chan struct{}, 1),
 		hungUp:   make(chan struct{}),
 		over:     make(chan struct{}),
 	}
-	if err := c.upgrade(d.base, l, serverID, nonce); err != nil {
+	if err := c.upgrade(d.base, role, serverID, nonce); err != nil {
 		c.unwatch()
 		nc.Close()
 		return fail(stepUpgrade, err)
@@ -147,7 +147,7 @@ func (d *dialer) dial(ctx context.Context, l leg, serverID, nonce string) (*wsPe
 	return c, nil
 }
 
-func (d *dialer) resolve(ctx context.Context, t *trip) error {
+func (d *dialer) resolve(ctx context.Context, t *dialTrace) error {
 	host := d.base.Hostname()
 	if a, err := netip.ParseAddr(host); err == nil {
 		t.addrs = []netip.Addr{a}
@@ -166,7 +166,7 @@ func (d *dialer) resolve(ctx context.Context, t *trip) error {
 
 // connect tries the name's addresses, each time from another one on: two relays
 // behind two addresses of one name are two relays, too.
-func (d *dialer) connect(ctx context.Context, t *trip) (net.Conn, error) {
+func (d *dialer) connect(ctx context.Context, t *dialTrace) (net.Conn, error) {
 	port := d.base.Port()
 	if port == "" {
 		port = map[string]string{"ws": "80", "wss": "443"}[d.base.Scheme]
@@ -192,7 +192,7 @@ func (d *dialer) connect(ctx context.Context, t *trip) (net.Conn, error) {
 	return nil, failed
 }
 
-func (d *dialer) secure(ctx context.Context, nc net.Conn, t *trip) (net.Conn, error) {
+func (d *dialer) secure(ctx context.Context, nc net.Conn, t *dialTrace) (net.Conn, error) {
 	config := &tls.Config{}
 	if d.tls != nil {
 		config = d.tls.Clone()

@@ -45,7 +45,7 @@ func (e *endError) Unwrap() error { return e.err }
 
 // wsPeer is a session from the peer's side.
 type wsPeer struct {
-	*trip
+	*dialTrace
 	nc      net.Conn
 	ws      *websocket.Conn
 	unwatch func() bool // of ctx
@@ -78,9 +78,9 @@ func (r *recorder) Read(p []byte) (int, error) {
 }
 
 // upgrade makes the opening handshake.
-func (c *wsPeer) upgrade(base *url.URL, l leg, serverID, nonce string) error {
+func (c *wsPeer) upgrade(base *url.URL, role role, serverID, nonce string) error {
 	origin := map[string]string{"ws": "http://", "wss": "https://"}[base.Scheme] + base.Host
-	config, err := websocket.NewConfig(base.JoinPath("/v2", endpointWords[l]).String(), origin)
+	config, err := websocket.NewConfig(base.JoinPath("/v2", endpointWords[role]).String(), origin)
 	if err != nil {
 		return err
 	}
@@ -88,7 +88,7 @@ func (c *wsPeer) upgrade(base *url.URL, l leg, serverID, nonce string) error {
 		"X-Pyrycode-Server": {serverID},
 		"User-Agent":        {programName + "/" + readBuildVersion().version},
 	}
-	if l == legBinary {
+	if role == roleBinary {
 		config.Header.Set("X-Pyrycode-Version", readBuildVersion().version)
 	}
 	if nonce != "" {
