@@ -88,13 +88,13 @@ var scenarios = []scenario{
 		phone, binary, connID := pair(t, phones, binaries, addr, serverID)
 		phone.send(`"` + strings.Repeat("a", 262144-2) + `"`) // just fits
 		binary.wantFrame(`"` + strings.Repeat("a", 262144-2) + `"`)
-		phone.send(`"` + strings.Repeat("a", 262145-2) + `"`)
+		phone.sendTooMuch(`"` + strings.Repeat("a", 262145-2) + `"`)
 		phone.wantEnd(1009, "message too big")
 		binary.wantNotice(connID, 1009)
 	}},
 	{"binary sends too much: 1009", func(t *testing.T, phones, binaries library, addr, serverID string) {
 		_, binary, connID := pair(t, phones, binaries, addr, serverID)
-		binary.send(reply(connID, quoted(strings.Repeat("a", 262144))))
+		binary.sendTooMuch(reply(connID, quoted(strings.Repeat("a", 262144))))
 		binary.wantEnd(1009, "message too big")
 	}},
 	{"no binary: 4404", func(t *testing.T, phones, binaries library, addr, serverID string) {

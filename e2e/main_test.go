@@ -43,6 +43,13 @@ func build(m *testing.M) int {
 		fmt.Fprintf(os.Stderr, "building the relay: %v\n%s", err, out)
 		return 1
 	}
+	if trusted, err = newAuthority(dir); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	// Go and Node.js read these once, when they first need them.
+	os.Setenv("SSL_CERT_FILE", trusted.certFile)
+	os.Setenv("NODE_EXTRA_CA_CERTS", trusted.certFile)
 	// The tests wait more than they work: as many at a time as there are processors
 	// would take minutes.
 	flag.Parse()
@@ -225,7 +232,7 @@ func (r *relayProcess) wantOut() {
 	r.wantExit(2)
 }
 
-// health is /healthz at a host and port.
+// health is /healthz at an address of urlOf.
 type health struct {
 	Instance string `json:"instance"`
 	Check    string `json:"instance_check"`
@@ -234,9 +241,13 @@ type health struct {
 	Uptime   int    `json:"uptime_seconds"`
 }
 
+// noKeepAlive asks who answers now: a connection that it kept would lead to a
+// proxy's process from before a reload.
+var noKeepAlive = &http.Client{Transport: &http.Transport{DisableKeepAlives: true}, Timeout: patience}
+
 func getHealth(t testing.TB, addr string) (h health) {
 	t.Helper()
-	resp, err := http.Get("http://" + addr + "/healthz")
+	resp, err := noKeepAlive.Get(urlOf("http", addr, "/healthz"))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -25,16 +25,24 @@ func binaryHeaders(serverID string) http.Header {
 	return http.Header{"X-Pyrycode-Server": {serverID}, "User-Agent": {"e2e-binary"}, "X-Pyrycode-Version": {"1"}}
 }
 
-// phone joins serverID at a host and port.
-func (l library) phone(t testing.TB, addr, serverID string) *peer {
-	t.Helper()
-	return l.connect(t, "phone", "ws://"+addr+"/v2/client", phoneHeaders(serverID))
+// urlOf is a path at a host and port, or behind TLS at a "tls:" host and port.
+func urlOf(scheme, addr, path string) string {
+	if host, ok := strings.CutPrefix(addr, "tls:"); ok {
+		return scheme + "s://" + host + path
+	}
+	return scheme + "://" + addr + path
 }
 
-// binary claims serverID at a host and port.
+// phone joins serverID at an address of urlOf.
+func (l library) phone(t testing.TB, addr, serverID string) *peer {
+	t.Helper()
+	return l.connect(t, "phone", urlOf("ws", addr, "/v2/client"), phoneHeaders(serverID))
+}
+
+// binary claims serverID at an address of urlOf.
 func (l library) binary(t testing.TB, addr, serverID string) *peer {
 	t.Helper()
-	return l.connect(t, "binary", "ws://"+addr+"/v2/server", binaryHeaders(serverID))
+	return l.connect(t, "binary", urlOf("ws", addr, "/v2/server"), binaryHeaders(serverID))
 }
 
 func (l library) connect(t testing.TB, role, url string, header http.Header) *peer {
@@ -58,6 +66,10 @@ func (p *peer) send(parts ...string) {
 		p.t.Fatalf("%s: sending: %v", p.what, err)
 	}
 }
+
+// sendTooMuch sends what is refused by its header: the end may come before all of
+// it is sent.
+func (p *peer) sendTooMuch(text string) { p.wire.send([]byte(text)) }
 
 func (p *peer) next() event {
 	p.t.Helper()
@@ -181,7 +193,7 @@ func (d *daemon) redial() { d.again <- struct{}{} }
 func (d *daemon) run(up chan struct{}) {
 	for {
 		events := make(chan event, 256)
-		w, err := coderLibrary.dial("ws://"+d.addr+"/v2/server", binaryHeaders(d.serverID), func(e event) { events <- e })
+		w, err := coderLibrary.dial(urlOf("ws", d.addr, "/v2/server"), binaryHeaders(d.serverID), func(e event) { events <- e })
 		if err != nil {
 			select {
 			case <-d.stop:
@@ -229,7 +241,7 @@ func (d *daemon) serve(w wire, events chan event) bool {
 func ask(t testing.TB, addr, serverID string) event {
 	t.Helper()
 	events := make(chan event, 16)
-	w, err := gorillaLibrary.dial("ws://"+addr+"/v2/client", phoneHeaders(serverID), func(e event) { events <- e })
+	w, err := gorillaLibrary.dial(urlOf("ws", addr, "/v2/client"), phoneHeaders(serverID), func(e event) { events <- e })
 	if err != nil {
 		return event{ended: true, reason: err.Error()}
 	}

@@ -3,16 +3,9 @@ package e2e
 import (
 	"cmp"
 	"context"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
-	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/json"
-	"encoding/pem"
 	"errors"
 	"fmt"
-	"math/big"
 	"net"
 	"net/http"
 	"os"
@@ -180,51 +173,17 @@ func TestProbe(t *testing.T) {
 	}
 }
 
-const day = 24 * time.Hour
-
 // tlsNginx is nginx as README.md has it, with a certificate for an address, good
 // for so long, of an authority that env makes known.
 func tlsNginx(t *testing.T, relay string, ip net.IP, good time.Duration) (addr string, env []string) {
 	t.Helper()
-	dir := t.TempDir()
-	authorityKey, leafKey := newKey(t), newKey(t)
-	until := time.Now().Add(good)
-	authority := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "e2e authority"},
-		NotBefore: time.Now().Add(-400 * day), NotAfter: time.Now().Add(400 * day),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	leaf := &x509.Certificate{
-		SerialNumber: big.NewInt(2), Subject: pkix.Name{CommonName: "e2e"}, DNSNames: []string{"localhost"}, IPAddresses: []net.IP{ip},
-		NotBefore: until.Add(-100 * day), NotAfter: until, KeyUsage: x509.KeyUsageDigitalSignature,
-	}
-	ca := writeCertificate(t, filepath.Join(dir, "ca.pem"), authority, authority, authorityKey, authorityKey)
-	cert := writeCertificate(t, filepath.Join(dir, "cert.pem"), leaf, authority, leafKey, authorityKey)
-	der, err := x509.MarshalPKCS8PrivateKey(leafKey)
+	a, err := newAuthority(t.TempDir())
 	if err != nil {
 		t.Fatal(err)
 	}
-	key := writeFile(t, filepath.Join(dir, "key.pem"), string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})))
+	cert, key := a.issue(t, ip, good)
 	addr = startNginx(t, "ssl", fmt.Sprintf("ssl_certificate %s;\nssl_certificate_key %s;", cert, key), nginxLocation(t, relay))
-	return addr, []string{"SSL_CERT_FILE=" + ca, "SSL_CERT_DIR=" + dir}
-}
-
-func newKey(t *testing.T) *ecdsa.PrivateKey {
-	t.Helper()
-	k, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return k
-}
-
-func writeCertificate(t *testing.T, path string, c, parent *x509.Certificate, key, parentKey *ecdsa.PrivateKey) string {
-	t.Helper()
-	der, err := x509.CreateCertificate(rand.Reader, c, parent, &key.PublicKey, parentKey)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return writeFile(t, path, string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})))
+	return addr, []string{"SSL_CERT_FILE=" + a.certFile, "SSL_CERT_DIR=" + filepath.Dir(a.certFile)}
 }
 
 // TestReadmeNginx: behind the README's location block each phone has a rate of its
@@ -234,7 +193,13 @@ func TestReadmeNginx(t *testing.T) {
 	// nginx comes from 127.0.0.1; phones from other loopback addresses, which are
 	// not trusted here.
 	r := startRelay(t, "-rate-per-minute", "1", "-rate-burst", "2", "-trusted-proxies", "127.0.0.1")
-	public := startNginx(t, "", "", nginxLocation(t, r.addr))
+	wantOwnRates(t, startNginx(t, "", "", nginxLocation(t, r.addr)))
+}
+
+// wantOwnRates wants two upgrades for each client of a proxy, and no more for one
+// that makes an address up.
+func wantOwnRates(t *testing.T, public string) {
+	t.Helper()
 	upgrade := func(from, forged string) int {
 		t.Helper()
 		d := gorilla.Dialer{HandshakeTimeout: patience, NetDialContext: (&net.Dialer{LocalAddr: &net.TCPAddr{IP: net.ParseIP(from)}}).DialContext}
@@ -242,7 +207,7 @@ func TestReadmeNginx(t *testing.T) {
 		if forged != "" {
 			h.Set("X-Forwarded-For", forged)
 		}
-		c, resp, err := d.Dial("ws://"+public+"/v2/client", h)
+		c, resp, err := d.Dial(urlOf("ws", public, "/v2/client"), h)
 		if err == nil {
 			c.Close()
 		} else if resp == nil {
