@@ -1,6 +1,9 @@
 package main
 
-import "sync"
+import (
+	"sync"
+	"sync/atomic"
+)
 
 // Where bytes wait: blocks out of size-classed pools, and the queue in front of
 // each socket. Every block is charged with its whole capacity to the process's
@@ -162,3 +165,59 @@ func (q *queue) moveTo(dst *queue) {
 
 // drop gives everything back.
 func (q *queue) drop(m *bufferPool) { q.discard(m, q.n) }
+
+// budget is the process-wide bound on buffered bytes.
+type budget struct {
+	limit int64
+	n     atomic.Int64
+}
+
+// priority is what bytes are buffered for: how much of the budget they may fill.
+type priority uint8
+
+const (
+	// priorityBacklog: they wait for a phone that takes nothing, or for a binary that
+	// is not there. The last eighth is not theirs: phones that do not read must
+	// not cost those that do what passes through.
+	priorityBacklog priority = iota
+	// priorityPassing: what is half received from a phone, or goes out to one with this
+	// batch. The last sixteenth is not theirs.
+	priorityPassing
+	// priorityBinary: what is half received from a binary, or waits for one. Of that
+	// each has little, since a binary that takes nothing holds its phones back.
+	priorityBinary
+	// priorityAlways: control frames and close notices, a few bytes without which
+	// nothing could be ended in order. They are charged whether they fit or not.
+	priorityAlways
+)
+
+// take charges n bytes if they fit.
+func (b *budget) take(n int, priority priority) bool {
+	limit := b.limit
+	switch priority {
+	case priorityBacklog:
+		limit -= limit / 8
+	case priorityPassing:
+		limit -= limit / 16
+	case priorityAlways:
+		b.n.Add(int64(n))
+		return true
+	}
+	for {
+		used := b.n.Load()
+		if used+int64(n) > limit {
+			return false
+		}
+		if b.n.CompareAndSwap(used, used+int64(n)) {
+			return true
+		}
+	}
+}
+
+// share is how many bytes may wait for one phone: twice as many as are still free
+// of what all that wait may take. However many phones take nothing, they leave
+// each other, and one that only stops for a moment, about the same.
+func (b *budget) share() int64 { return 2 * (b.limit - b.limit/8 - b.used()) }
+
+func (b *budget) give(n int)  { b.n.Add(-int64(n)) }
+func (b *budget) used() int64 { return b.n.Load() }
