@@ -297,8 +297,8 @@ func TestBacklogThatTurnsOutToWait(t *testing.T) {
 			ps.full, ps.room = true, 10
 			b.message(bt, opText, []byte(`{"conn_id":"phone-1","frame":`+numbered(0, size)+`}`))
 			bt.flush()
-			if ph.is(connOpen) || ph.endReason != endMemoryLimit || !ps.aborted {
-				t.Errorf("the phone ended with %q, cut off: %v", ph.endReason, ps.aborted)
+			if ph.is(connOpen) || ph.endReason != endMemoryLimit || ps.aborts == 0 {
+				t.Errorf("the phone ended with %q, cut off: %d", ph.endReason, ps.aborts)
 			}
 			if got := bs.frames(t); len(got) != 1 || got[0].payload != `{"conn_id":"phone-1","close_code":1011}` {
 				t.Errorf("the binary got %q", got)

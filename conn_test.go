@@ -15,11 +15,6 @@ import (
 // cat joins frames that go out in one write.
 func cat(parts ...[]byte) []byte { return slices.Concat(parts...) }
 
-const (
-	last = 0x80
-	more = 0x00
-)
-
 // header64 is a masked header with a length of eight bytes.
 func header64(b0 byte, n uint64) []byte {
 	return append(binary.BigEndian.AppendUint64([]byte{b0, 0x80 | 127}, n), 1, 2, 3, 4)

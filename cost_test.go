@@ -73,15 +73,6 @@ func pipes(r *testRelay, n, count int) (up, down *pipe) {
 		newPipe(b, ph, bytes.Repeat(downFrame, count), count*framed(n))
 }
 
-// needEpoll skips a test that counts what only the epoll loop keeps: the
-// goroutine poller copies what it writes, and has a reader for each connection.
-func needEpoll(t *testing.T) {
-	t.Helper()
-	if _, ok := startRelay(t, testOptions()).loops[0].(*goPoller); ok {
-		t.Skip("this system has the goroutine poller")
-	}
-}
-
 // A frame that comes alone costs one read and one write; those that come
 // together share them.
 func TestSystemCallsPerFrame(t *testing.T) {

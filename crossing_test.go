@@ -12,21 +12,6 @@ import (
 // Ends that cross each other: two things that happen to a connection, or to a
 // server-id, at once.
 
-// idleSocket takes everything and brings nothing.
-type idleSocket struct{ resumed, aborted int }
-
-func (s *idleSocket) attach([]byte) {}
-func (s *idleSocket) write(bufs [][]byte) (n int, err error) {
-	for _, b := range bufs {
-		n += len(b)
-	}
-	return n, nil
-}
-func (s *idleSocket) unsent() bool { return false }
-func (s *idleSocket) closeWrite()  {}
-func (s *idleSocket) abort()       { s.aborted++ }
-func (s *idleSocket) resume()      { s.resumed++ }
-
 // idlePeer notes how its connection ended.
 type idlePeer struct{ reason closeReason }
 
@@ -36,8 +21,8 @@ func (p *idlePeer) challenged(*writeBatch, bool)                 {}
 func (p *idlePeer) closed(*writeBatch)                           {}
 
 // bareConn is a connection of which a test is the reader and the poller.
-func bareConn(t *testing.T, o options) (*conn, *idleSocket, *idlePeer) {
-	c, s, p := &conn{}, &idleSocket{}, &idlePeer{reason: endNone}
+func bareConn(t *testing.T, o options) (*conn, *memSocket, *idlePeer) {
+	c, s, p := &conn{}, &memSocket{}, &idlePeer{reason: endNone}
 	c.init(startRelay(t, o).relay, p, netip.Addr{})
 	c.sock = s
 	return c, s, p
@@ -64,8 +49,8 @@ func TestAbortFindsPausedReader(t *testing.T) {
 	c, s, _ := bareConn(t, testOptions())
 	c.pause()
 	c.abort()
-	if s.aborted != 1 || s.resumed != 1 {
-		t.Errorf("aborted %d times and resumed %d times, want once each", s.aborted, s.resumed)
+	if s.aborts != 1 || s.resumes != 1 {
+		t.Errorf("aborted %d times and resumed %d times, want once each", s.aborts, s.resumes)
 	}
 }
 
@@ -230,35 +215,3 @@ func (r *testRelay) phoneRefused(id string) {
 	r.t.Helper()
 	r.phone(id).wantEnd(4404, "server-id never seen")
 }
-
-// listeners are the listeners that lead to each poller.
-var listeners = map[string]func(testing.TB) net.Listener{
-	"epoll": onLoopback,
-	"goroutines": func(t testing.TB) net.Listener {
-		return plainListener{onLoopback(t)}
-	},
-}
-
-func onLoopback(t testing.TB) net.Listener {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	return ln
-}
-
-// plainListener hides that its connections are TCP's, which leaves them to the
-// goroutine poller, as TLS would.
-type plainListener struct{ net.Listener }
-
-func (l plainListener) Accept() (net.Conn, error) {
-	nc, err := l.Listener.Accept()
-	if err != nil {
-		return nil, err
-	}
-	return plainConn{nc}, nil
-}
-
-type plainConn struct{ net.Conn }
-
-func (c plainConn) CloseWrite() error { return c.Conn.(*net.TCPConn).CloseWrite() }
