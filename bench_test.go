@@ -202,7 +202,7 @@ func benchRegistry(b *testing.B, n int) {
 	r.log = slog.New(slog.DiscardHandler) // the line of a claim costs more than the claim
 	w := r.newBatch()
 	ids := make([]string, n)
-	phones := make([]*phoneLeg, n)
+	phones := make([]*session, n)
 	var all []*conn
 	for i := range ids {
 		ids[i] = "standing-" + strconv.Itoa(i)
@@ -229,10 +229,9 @@ func benchRegistry(b *testing.B, n int) {
 			id := "worker-" + strconv.FormatInt(worker.Add(1), 10)
 			w := r.newBatch()
 			for pb.Next() {
-				leg := &binaryLeg{id: "worker"}
-				leg.init(r.relay, leg, memAddr)
+				leg := newSession(r.relay, caller{role: roleBinary, addr: memAddr}, "worker")
 				leg.sock = &memSocket{discard: true}
-				if r.registry.claim(leg, id, false); leg.contendsSince.Load() != 0 {
+				if r.registry.claim(w, leg, id); leg.contends() {
 					b.Error("somebody else holds the id")
 					return
 				}
@@ -245,8 +244,7 @@ func benchRegistry(b *testing.B, n int) {
 		b.ReportAllocs()
 		b.RunParallel(func(pb *testing.PB) {
 			me := int(worker.Add(1))
-			ph := &phoneLeg{id: "worker-" + strconv.Itoa(me)}
-			ph.init(r.relay, ph, memAddr)
+			ph := newSession(r.relay, caller{role: rolePhone, addr: memAddr}, "worker-"+strconv.Itoa(me))
 			ph.sock = &memSocket{discard: true}
 			w := r.newBatch()
 			for i := me * 7919; pb.Next(); i += 7919 {

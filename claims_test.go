@@ -177,7 +177,7 @@ func TestTwoNewcomersTakeOver(t *testing.T) {
 }
 
 // contender is the binary that claimed id last and does not hold it.
-func (r *testRelay) contender(id string) *binaryLeg {
+func (r *testRelay) contender(id string) *session {
 	r.t.Helper()
 	v, _ := r.registry.servers.Load(id)
 	srv := v.(*server)

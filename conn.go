@@ -61,9 +61,9 @@ type handler interface {
 	// ended is called once, when the end is decided and before the connection
 	// has taken leave of its peer.
 	ended(w *writeBatch, reason closeReason, code uint16)
-	// challenged is called while conn.asked is set: by the reader when the peer
-	// was heard, and by the sweeper.
-	challenged(w *writeBatch, heard bool)
+	// checkChallenge is called while conn.challenged is set: by the reader when the
+	// peer was heard, and by the sweeper.
+	checkChallenge(w *writeBatch, heard bool)
 	// closed is called once, when the socket is gone. Called by the reader.
 	closed(w *writeBatch)
 }
@@ -88,11 +88,10 @@ type conn struct {
 	proxied bool       // the TCP connection is one of -trusted-proxies
 	passing priority   // what its bytes count as while they do not wait: usePassing, useBinary
 
-	state         atomic.Uint32 // connState; written under mu
-	reads         atomic.Uint32 // times bytes were heard; written by the reader
-	messageStart  atomic.Int64  // relay clock at the first byte of an unfinished message, 0 if none; written by the reader
-	challengedAt  atomic.Int64  // relay clock of the first challenge that is not answered, 0 if none; written under the entry's mu
-	contendsSince atomic.Int64  // relay clock since which its claim waits for a holder, 0 if it does not; written under the entry's mu
+	state        atomic.Uint32 // connState; written under mu
+	reads        atomic.Uint32 // times bytes were heard; written by the reader
+	messageStart atomic.Int64  // relay clock at the first byte of an unfinished message, 0 if none; written by the reader
+	challenged   atomic.Bool   // the owner waits for a sign of life; written by the owner
 
 	// Owned by the reader.
 	partial     *buffer // an unfinished frame
@@ -175,12 +174,12 @@ func wake(cs []*conn) {
 	}
 }
 
-func (c *conn) init(r *relay, owner handler, addr netip.Addr) {
+func (c *conn) init(r *relay, owner handler, role role, addr netip.Addr) {
 	c.relay, c.owner, c.addr = r, owner, addr
 	c.opened = r.now()
 	c.endReason = endNone
 	c.passing = priorityPassing
-	if _, ok := owner.(*binaryLeg); ok {
+	if role == roleBinary {
 		c.passing = priorityBinary
 	}
 	// Connections that come in a wave, as after a restart, are not pinged in one.
@@ -303,8 +302,8 @@ func (c *conn) checkTimeouts(w *writeBatch) {
 	c.mu.Unlock()
 	if reason != endNone {
 		c.end(w, reason)
-	} else if c.challengedAt.Load() != 0 {
-		c.owner.challenged(w, false)
+	} else if c.challenged.Load() {
+		c.owner.checkChallenge(w, false)
 	}
 }
 

@@ -17,13 +17,13 @@ type idlePeer struct{ reason closeReason }
 
 func (p *idlePeer) message(*writeBatch, byte, []byte)            {}
 func (p *idlePeer) ended(_ *writeBatch, r closeReason, _ uint16) { p.reason = r }
-func (p *idlePeer) challenged(*writeBatch, bool)                 {}
+func (p *idlePeer) checkChallenge(*writeBatch, bool)             {}
 func (p *idlePeer) closed(*writeBatch)                           {}
 
 // bareConn is a connection of which a test is the reader and the poller.
 func bareConn(t *testing.T, o options) (*conn, *memSocket, *idlePeer) {
 	c, s, p := &conn{}, &memSocket{}, &idlePeer{reason: endNone}
-	c.init(startRelay(t, o).relay, p, netip.Addr{})
+	c.init(startRelay(t, o).relay, p, rolePhone, netip.Addr{})
 	c.sock = s
 	return c, s, p
 }

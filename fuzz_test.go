@@ -37,7 +37,7 @@ func (p *streamPeer) ended(_ *writeBatch, reason closeReason, code uint16) {
 
 func (p *streamPeer) closed(*writeBatch) { p.closes++ }
 
-func (p *streamPeer) challenged(*writeBatch, bool) {}
+func (p *streamPeer) checkChallenge(*writeBatch, bool) {}
 
 // streamModel is what has to come of a stream.
 type streamModel struct {
@@ -176,7 +176,7 @@ func TestStreamInPieces(t *testing.T) {
 func checkStream(t *testing.T, r *relay, stream []byte, random *rand.Rand) {
 	t.Helper()
 	p, sock, b := &streamPeer{pauses: random}, &memSocket{}, r.newBatch()
-	p.init(r, p, memAddr)
+	p.init(r, p, rolePhone, memAddr)
 	p.sock = sock
 
 	for rest := stream; len(rest) > 0; {

@@ -148,7 +148,7 @@ func (r *testRelay) sound() {
 }
 
 // holder is the binary that holds id, nil for none.
-func (r *testRelay) holder(id string) *binaryLeg {
+func (r *testRelay) holder(id string) *session {
 	v, ok := r.registry.servers.Load(id)
 	if !ok {
 		return nil
@@ -674,25 +674,25 @@ func (m *memSocket) frames(t testing.TB) (all []memFrame) {
 var memAddr = netip.MustParseAddr("192.0.2.1")
 
 // memBinary registers a binary of id. It stays until its release.
-func memBinary(t testing.TB, r *relay, id string) (*binaryLeg, *memSocket) {
+func memBinary(t testing.TB, r *relay, id string) (*session, *memSocket) {
 	t.Helper()
-	b, m := &binaryLeg{id: newConnID()}, &memSocket{}
-	b.init(r, b, memAddr)
+	b, m := newSession(r, caller{role: roleBinary, addr: memAddr}, newConnID()), &memSocket{}
 	b.sock = m
 	if !r.enter(roleBinary) || !r.limits.acquireConn() {
 		t.Fatal("the relay is draining or full")
 	}
-	if r.registry.claim(b, id, false); b.contendsSince.Load() != 0 {
+	w := r.newBatch()
+	if r.registry.claim(w, b, id); b.contends() {
 		t.Fatalf("%s is claimed already", id)
 	}
+	w.flush()
 	return b, m
 }
 
 // memPhone registers a phone of id. It stays until its release.
-func memPhone(t testing.TB, r *relay, id, connID string) (*phoneLeg, *memSocket) {
+func memPhone(t testing.TB, r *relay, id, connID string) (*session, *memSocket) {
 	t.Helper()
-	ph, m := &phoneLeg{id: connID}, &memSocket{}
-	ph.init(r, ph, memAddr)
+	ph, m := newSession(r, caller{role: rolePhone, addr: memAddr}, connID), &memSocket{}
 	ph.sock = m
 	if !r.enter(rolePhone) || !r.limits.acquireConn() {
 		t.Fatal("the relay is draining or full")
@@ -705,7 +705,7 @@ func memPhone(t testing.TB, r *relay, id, connID string) (*phoneLeg, *memSocket)
 
 // memPair registers a binary with one phone until the test's end. Frames pass
 // between them in w, as in a poller's batch.
-func memPair(tb testing.TB, r *relay) (b *binaryLeg, bs *memSocket, ph *phoneLeg, ps *memSocket, w *writeBatch) {
+func memPair(tb testing.TB, r *relay) (b *session, bs *memSocket, ph *session, ps *memSocket, w *writeBatch) {
 	tb.Helper()
 	w = r.newBatch()
 	b, bs = memBinary(tb, r, "server")

@@ -3,7 +3,6 @@
 package main
 
 import (
-	"net"
 	"slices"
 	"testing"
 )
@@ -38,12 +37,12 @@ func TestReadyTakeTurns(t *testing.T) {
 func TestGoneBeforeItsSession(t *testing.T) {
 	t.Parallel()
 	r := startRelay(t, testOptions())
-	for role, serve := range map[role]func(caller, net.Conn, []byte, []byte){roleBinary: r.serveBinary, rolePhone: r.servePhone} {
+	for role := range roleCount {
 		nc := &accepted{fd: -1}
 		if !r.enter(role) || !r.limits.acquireConn() {
 			t.Fatal("no room")
 		}
-		serve(caller{serverID: "gone"}, nc, nil, nil)
+		r.begin(caller{role: role, serverID: "gone"}, nc, nil, nil)
 		if failed, accepted := r.metrics.upgrades[role][upgradeFailed].Load(), r.metrics.upgrades[role][upgradeAccepted].Load(); failed != 1 || accepted != 0 {
 			t.Errorf("%v: %d failed and %d accepted, want 1 and 0", role, failed, accepted)
 		}

@@ -6,8 +6,8 @@ package main
 // looked at: a binary that closes must not keep its own successor out.
 func (c *conn) markAlive(w *writeBatch) {
 	c.reads.Store(c.reads.Load() + 1)
-	if c.challengedAt.Load() != 0 {
-		c.owner.challenged(w, true)
+	if c.challenged.Load() {
+		c.owner.checkChallenge(w, true)
 	}
 }
 

@@ -31,14 +31,14 @@ type server struct {
 	id    string
 	probe bool // the relay's own check of its public name: counted nowhere
 
-	mu         sync.Mutex           // guards what follows
-	gone       bool                 // no longer in the registry
-	binary     *binaryLeg           // nil during grace
-	contenders []*binaryLeg         // they wait for binary to fall silent or end, in order of arrival
-	freed      int64                // relay clock of the last binary's end
-	grace      *list.Element        // in registry.graces, nil while held
-	phones     map[string]*phoneLeg // by conn_id
-	waiters    []*conn              // phones that joined in grace and whose held frames reached the limit
+	mu         sync.Mutex          // guards what follows
+	gone       bool                // no longer in the registry
+	binary     *session            // nil during grace
+	contenders []*session          // they wait for binary to fall silent or end, in order of arrival
+	freed      int64               // relay clock of the last binary's end
+	grace      *list.Element       // in registry.graces, nil while held
+	phones     map[string]*session // by conn_id
+	waiters    []*conn             // phones that joined in grace and whose held frames reached the limit
 }
 
 // askAhead is how many contenders are challenged before it is their turn. A
@@ -54,63 +54,73 @@ const askAhead = 8
 // A contender is a connection like any other: its own end takes it out of the
 // line. Nothing that it sends has to be kept, since all phones that it could
 // name are the holder's, and go with that.
-func (g *registry) claim(b *binaryLeg, id string, probe bool) {
+func (g *registry) claim(w *writeBatch, b *session, id string) {
 	for {
-		srv := g.serverFor(id, probe)
+		srv := g.serverFor(id, b.probe)
 		srv.mu.Lock()
 		if srv.gone {
 			srv.mu.Unlock()
 			continue
 		}
-		w := g.relay.newBatch()
 		b.server = srv
 		if srv.binary == nil {
 			g.install(w, srv, b) // unlocks
-		} else {
-			b.contendsSince.Store(w.now)
-			srv.contenders = append(srv.contenders, b)
-			srv.binary.ask(w)
-			srv.challenge(w)
-			srv.mu.Unlock()
+			return
 		}
-		w.flush()
+		b.contendsSince = w.now
+		srv.contenders = append(srv.contenders, b)
+		srv.binary.challenge(w)
+		srv.challenge(w)
+		srv.mu.Unlock()
 		return
 	}
 }
 
 // challenge asks the holder and the first contenders for a sign of life on
-// behalf of those behind them, e.mu held. Who has not answered an earlier
+// behalf of those behind them, mu held. One that has not answered an earlier
 // challenge is in the middle of one.
 func (srv *server) challenge(w *writeBatch) {
 	n := len(srv.contenders)
 	if n == 0 {
 		return
 	}
-	if srv.binary.challengedAt.Load() == 0 {
-		srv.binary.ask(w)
+	if srv.binary.challengedAt == 0 {
+		srv.binary.challenge(w)
 	}
 	for _, c := range srv.contenders[:min(n-1, askAhead)] {
-		if c.challengedAt.Load() == 0 {
-			c.ask(w)
+		if c.challengedAt == 0 {
+			c.challenge(w)
 		}
 	}
 }
 
-// ask challenges b, server.mu held.
-func (b *binaryLeg) ask(w *writeBatch) {
-	// Not the batch's clock: what was read before this moment is no answer.
-	b.challengedAt.CompareAndSwap(0, b.relay.now())
+// challenge asks b for a sign of life, server.mu held.
+func (b *session) challenge(w *writeBatch) {
+	if b.challengedAt == 0 {
+		// Not the batch's clock: what was read before this moment is no answer.
+		b.challengedAt = b.relay.now()
+		b.challenged.Store(true)
+	}
 	b.mu.Lock()
 	b.ping(w)
 	b.mu.Unlock()
 }
 
+// contends reports whether b waits for its server-id.
+func (b *session) contends() bool {
+	b.server.mu.Lock()
+	defer b.server.mu.Unlock()
+	return b.contendsSince != 0
+}
+
 // answered ends b's challenge, because b was heard: if it holds the server-id,
 // whoever has challenged it is refused.
-func (g *registry) answered(w *writeBatch, b *binaryLeg) {
+func (g *registry) answered(w *writeBatch, b *session) {
 	srv := b.server
 	srv.mu.Lock()
-	at := b.challengedAt.Swap(0)
+	at := b.challengedAt
+	b.challengedAt = 0
+	b.challenged.Store(false)
 	if srv.binary != b {
 		srv.mu.Unlock()
 		return
@@ -118,7 +128,7 @@ func (g *registry) answered(w *writeBatch, b *binaryLeg) {
 	n := 0
 	// What the poller had come for before a challenge is no answer to it: there
 	// b is asked once more.
-	for at <= w.now && n < len(srv.contenders) && srv.contenders[n].contendsSince.Load() <= w.now {
+	for at <= w.now && n < len(srv.contenders) && srv.contenders[n].contendsSince <= w.now {
 		n++
 	}
 	refused := srv.contenders[:n]
@@ -126,19 +136,19 @@ func (g *registry) answered(w *writeBatch, b *binaryLeg) {
 	srv.challenge(w)
 	srv.mu.Unlock()
 	for _, c := range refused {
-		g.relay.refuseSession(w, &c.conn, roleBinary, c.id, srv.id, endAlreadyClaimed, endAlreadyClaimed.String())
+		g.relay.refuseSession(w, c, srv.id, endAlreadyClaimed, endAlreadyClaimed.String())
 	}
 }
 
 // overdue gives b's claim to the first contender once b has been silent for too
 // long. That one may owe an answer just as long.
-func (g *registry) overdue(w *writeBatch, b *binaryLeg) {
+func (g *registry) overdue(w *writeBatch, b *session) {
 	srv := b.server
 	srv.mu.Lock()
 	for srv.binary == b && len(srv.contenders) > 0 {
 		next := srv.contenders[0]
-		at := b.challengedAt.Load()
-		if at == 0 || w.now-max(at, next.contendsSince.Load()) < int64(g.relay.o.challengeTimeout) {
+		at := b.challengedAt
+		if at == 0 || w.now-max(at, next.contendsSince) < int64(g.relay.o.challengeTimeout) {
 			break
 		}
 		srv.contenders = slices.Delete(srv.contenders, 0, 1)
@@ -155,7 +165,7 @@ func (g *registry) serverFor(id string, probe bool) *server {
 		return e.(*server)
 	}
 	id = strings.Clone(id) // it is a part of its request's header, which would stay as long
-	e, _ := g.servers.LoadOrStore(id, &server{id: id, probe: probe, phones: map[string]*phoneLeg{}})
+	e, _ := g.servers.LoadOrStore(id, &server{id: id, probe: probe, phones: map[string]*session{}})
 	return e.(*server)
 }
 
@@ -163,7 +173,7 @@ func (g *registry) serverFor(id string, probe bool) *server {
 // without the lock. Phones that the previous binary knew are closed: the new
 // one has no session for them. Those that joined in grace stay, and what they
 // sent meanwhile goes out first.
-func (g *registry) install(w *writeBatch, srv *server, b *binaryLeg) {
+func (g *registry) install(w *writeBatch, srv *server, b *session) {
 	r := g.relay
 	old := srv.binary
 	reason := endReclaimed
@@ -177,10 +187,10 @@ func (g *registry) install(w *writeBatch, srv *server, b *binaryLeg) {
 		g.count(srv, &r.metrics.connectedBinaries, 1)
 	}
 	srv.binary = b
-	b.contendsSince.Store(0)
+	b.contendsSince = 0
 	// Before anybody can end b: the line of its end comes behind this one.
-	r.logConnected(&b.conn, roleBinary, b.id, srv.id, b.probe)
-	var closing []*phoneLeg
+	b.logConnected()
+	var closing []*session
 	b.mu.Lock()
 	for id, ph := range srv.phones {
 		if old == nil && ph.graceQueue != nil {
@@ -216,11 +226,8 @@ func (g *registry) install(w *writeBatch, srv *server, b *binaryLeg) {
 
 // release ends b's claim, if it is still b's: the first contender takes it, or
 // grace begins. The relay's own probe has none. A contender leaves the line.
-func (g *registry) release(w *writeBatch, b *binaryLeg) {
+func (g *registry) release(w *writeBatch, b *session) {
 	srv := b.server
-	if srv == nil { // it ended before its claim
-		return
-	}
 	srv.mu.Lock()
 	if srv.binary != b {
 		if i := slices.Index(srv.contenders, b); i >= 0 {
@@ -284,7 +291,7 @@ func (g *registry) expire(over *list.Element) {
 
 // join makes ph one of the phones of id. Where it is refused, text says more
 // than the reason does.
-func (g *registry) join(ph *phoneLeg, id string) (refused closeReason, text string) {
+func (g *registry) join(ph *session, id string) (refused closeReason, text string) {
 	for {
 		v, ok := g.servers.Load(id)
 		if !ok {
@@ -329,11 +336,8 @@ func (g *registry) absent(id string) (closeReason, string) {
 // leave takes a phone whose end is decided out of its entry. Its binary gets
 // the close notice, behind the phone's last frame, unless the phone was removed
 // before: by the binary itself, by one that reclaimed, or at the end of grace.
-func (g *registry) leave(w *writeBatch, ph *phoneLeg, code uint16) {
+func (g *registry) leave(w *writeBatch, ph *session, code uint16) {
 	srv := ph.server
-	if srv == nil { // refused
-		return
-	}
 	srv.mu.Lock()
 	if srv.phones[ph.id] != ph {
 		srv.mu.Unlock()
@@ -352,7 +356,7 @@ func (g *registry) leave(w *writeBatch, ph *phoneLeg, code uint16) {
 }
 
 // remove takes ph out of e, e.mu held.
-func (g *registry) remove(srv *server, ph *phoneLeg) {
+func (g *registry) remove(srv *server, ph *session) {
 	delete(srv.phones, ph.id)
 	g.count(srv, &g.relay.metrics.connectedPhones, -1)
 	ph.letGo()
@@ -360,7 +364,7 @@ func (g *registry) remove(srv *server, ph *phoneLeg) {
 
 // letGo ends ph's membership and gives back what its frames for a binary to come
 // occupy, server.mu held.
-func (ph *phoneLeg) letGo() {
+func (ph *session) letGo() {
 	ph.removed = true
 	if ph.graceQueue != nil {
 		ph.graceQueue.drop(&ph.relay.buffers)
@@ -448,7 +452,7 @@ func (g *registry) check() error {
 			fail(srv, "%d contend for what nobody holds", len(srv.contenders))
 		}
 		for _, c := range srv.contenders {
-			if c.server != srv || c.contendsSince.Load() == 0 || c == srv.binary {
+			if c.server != srv || c.contendsSince == 0 || c == srv.binary {
 				fail(srv, "contender %s belongs to another entry or holds this one", c.id)
 			}
 			if c.is(connClosed) {

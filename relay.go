@@ -254,8 +254,9 @@ func (r *relay) ready(w http.ResponseWriter) {
 	io.WriteString(w, "ready\n")
 }
 
-// caller is what an upgrade request says of who asks.
+// caller is what an upgrade request tells of its sender.
 type caller struct {
+	role     role
 	serverID string
 	addr     netip.Addr
 	proxied  bool // the TCP connection is one of -trusted-proxies
@@ -267,26 +268,23 @@ type caller struct {
 func (r *relay) serve(w http.ResponseWriter, q *http.Request, role role) {
 	who, refused := r.gates(q, role)
 	if refused != nil {
-		r.refuse(w, role, who, refused)
+		r.refuse(w, who, refused)
 		return
 	}
 	nc, first, answer, err := upgrade(w, q, r.greeting())
 	if err != nil {
-		r.countUpgrade(role, who, upgradeFailed)
+		r.countUpgrade(who, upgradeFailed)
 		r.log.Debug("upgrade failed", "leg", role, "addr", who.addr, "error", err)
 		r.leave(role)
 		return
 	}
-	if role == roleBinary {
-		r.serveBinary(who, nc, first, answer)
-	} else {
-		r.servePhone(who, nc, first, answer)
-	}
+	r.begin(who, nc, first, answer)
 }
 
 // gates are what stands before an upgrade, in the contract's order. Whoever
 // passes has to leave.
 func (r *relay) gates(q *http.Request, role role) (who caller, refused *refusal) {
+	who.role = role
 	who.serverID = q.Header.Get("X-Pyrycode-Server")
 	who.addr = clientAddr(q, r.o.trustedProxies)
 	who.proxied = within(peerAddr(q), r.o.trustedProxies)
@@ -358,10 +356,10 @@ func validServerID(id string) bool {
 	return true
 }
 
-func (r *relay) refuse(w http.ResponseWriter, role role, who caller, f *refusal) {
-	r.countUpgrade(role, who, f.outcome)
+func (r *relay) refuse(w http.ResponseWriter, who caller, f *refusal) {
+	r.countUpgrade(who, f.outcome)
 	if more, ok := r.refusals.allow(r.now()); ok {
-		r.log.Warn("upgrade refused", "leg", role, "addr", who.addr, "reason", f.outcome, "status", f.status, "unlogged", more)
+		r.log.Warn("upgrade refused", "leg", who.role, "addr", who.addr, "reason", f.outcome, "status", f.status, "unlogged", more)
 	}
 	if f.header[0] != "" {
 		w.Header().Set(f.header[0], f.header[1])
@@ -376,40 +374,43 @@ func (r *relay) refuse(w http.ResponseWriter, role role, who caller, f *refusal)
 }
 
 // countUpgrade counts how a request ended. The relay's own check is no user.
-func (r *relay) countUpgrade(role role, who caller, o upgradeOutcome) {
+func (r *relay) countUpgrade(who caller, o upgradeOutcome) {
 	if !who.probe {
-		r.metrics.upgrades[role][o].Add(1)
+		r.metrics.upgrades[who.role][o].Add(1)
 	}
 }
 
 // ---- sessions ----
 
-// binaryLeg is a daemon's leg.
-type binaryLeg struct {
+// session is the connection of a binary or of a phone.
+type session struct {
 	conn
-	id     string  // in logs
-	server *server // set by claim
-	probe  bool
-}
-
-// phoneLeg is an app's leg.
-type phoneLeg struct {
-	conn
-	id     string  // conn_id
-	server *server // set by join; nil where that was refused
-	probe  bool
+	role   role
+	probe  bool    // of the relay's own check: no user
+	id     string  // a phone's conn_id; a binary's is for the log only
+	server *server // set by claim or join; nil where the join was refused
 
 	// Guarded by server.mu.
-	graceQueue *graceQueue // not nil for one that joined in grace
-	removed    bool        // from server: who did that is about to close it
+	removed       bool        // a phone is out of server, and about to be closed
+	graceQueue    *graceQueue // what a phone that joined in grace has sent since, nil for others
+	contendsSince int64       // relay clock since which a binary waits for the server-id, 0 if it does not
+	challengedAt  int64       // relay clock of the first challenge that a binary has not answered, 0 if none
 }
 
-// hold keeps what a phone sends in grace, as frames for the binary to come.
+// graceQueue keeps what a phone sends in grace, as frames for the binary to come.
 type graceQueue struct {
 	queue
 	frames  uint32
 	bytes   uint64 // of messages, envelope included
 	payload uint64 // without it
+}
+
+// newSession makes a session that has no socket yet.
+func newSession(r *relay, who caller, id string) *session {
+	s := &session{role: who.role, probe: who.probe, id: id}
+	s.proxied = who.proxied
+	s.init(r, s, who.role, who.addr)
+	return s
 }
 
 // newConnID is 128 random bits: the daemon keeps sessions by conn_id for as
@@ -420,101 +421,82 @@ func newConnID() string {
 	return base64.RawURLEncoding.EncodeToString(b[:])
 }
 
-func (r *relay) serveBinary(who caller, nc net.Conn, first, answer []byte) {
-	b := &binaryLeg{id: newConnID(), probe: who.probe}
-	b.init(r, b, who.addr)
-	if !r.takeOver(&b.conn, roleBinary, who, nc, answer) {
-		return
-	}
-	r.registry.claim(b, who.serverID, who.probe)
-	r.begin(&b.conn, first)
-}
-
-func (r *relay) servePhone(who caller, nc net.Conn, first, answer []byte) {
-	ph := &phoneLeg{id: newConnID(), probe: who.probe}
-	ph.init(r, ph, who.addr)
-	if !r.takeOver(&ph.conn, rolePhone, who, nc, answer) {
-		return
-	}
-	if refused, text := r.registry.join(ph, who.serverID); refused != endNone {
-		w := r.newBatch()
-		r.refuseSession(w, &ph.conn, rolePhone, ph.id, who.serverID, refused, text)
-		w.flush()
-	} else {
-		r.logConnected(&ph.conn, rolePhone, ph.id, who.serverID, who.probe)
-	}
-	r.begin(&ph.conn, first)
-}
-
-// takeOver makes nc c's, and queues the answer to its request. Where no poller
-// takes it, because its end is found just then, it is given up.
-func (r *relay) takeOver(c *conn, role role, who caller, nc net.Conn, answer []byte) bool {
-	c.proxied = who.proxied
-	if err := r.loop(who.serverID).bind(c, nc); err != nil {
-		r.countUpgrade(role, who, upgradeFailed)
-		r.log.Error("taking over a connection failed", "leg", role, "error", err)
+// begin makes a session of an upgraded connection: a poller takes it over, the
+// registry takes it in, and then the 101 goes out, with what is queued behind it
+// by now, and reading starts. first is what came behind the request.
+func (r *relay) begin(who caller, nc net.Conn, first, answer []byte) {
+	s := newSession(r, who, newConnID())
+	if err := r.loop(who.serverID).bind(&s.conn, nc); err != nil { // the peer left just now
+		r.countUpgrade(who, upgradeFailed)
+		r.log.Error("taking over a connection failed", "leg", who.role, "error", err)
 		nc.Close()
-		r.leave(role)
-		return false
+		r.leave(who.role)
+		return
 	}
-	r.countUpgrade(role, who, upgradeAccepted)
-	c.greet(answer)
-	return true
-}
-
-// begin sends the 101, with whatever is queued behind it by now, and starts the
-// reading.
-func (r *relay) begin(c *conn, first []byte) {
+	r.countUpgrade(who, upgradeAccepted)
 	w := r.newBatch()
-	c.mu.Lock()
-	w.addLocked(c)
-	c.mu.Unlock()
+	s.greet(w, answer)
+	if s.role == roleBinary {
+		r.registry.claim(w, s, who.serverID)
+	} else if refused, text := r.registry.join(s, who.serverID); refused != endNone {
+		r.refuseSession(w, s, who.serverID, refused, text)
+	} else {
+		s.logConnected()
+	}
 	w.flush()
-	c.sock.attach(first)
-}
-
-func (r *relay) logConnected(c *conn, role role, id, serverID string, probe bool) {
-	r.log.Log(context.Background(), levelOf(probe), "connected", "leg", role, "conn", id, "server", serverID, "addr", c.addr)
+	s.sock.attach(first)
 }
 
 // refuseSession ends a session that the registry refused. That is a close code,
 // because peers understand these as nothing else.
-func (r *relay) refuseSession(w *writeBatch, c *conn, role role, id, serverID string, reason closeReason, text string) {
+func (r *relay) refuseSession(w *writeBatch, s *session, serverID string, reason closeReason, text string) {
 	if more, ok := r.refusals.allow(r.now()); ok {
-		r.log.Warn("session refused", "leg", role, "conn", id, "server", serverID, "addr", c.addr,
+		r.log.Warn("session refused", "leg", s.role, "conn", s.id, "server", serverID, "addr", s.addr,
 			"code", reason.code(), "reason", reason, "detail", text, "unlogged", more)
 	}
-	c.finish(w, reason, reason.code(), text)
+	s.finish(w, reason, reason.code(), text)
 }
 
-// levelOf is that of a session's log lines.
-func levelOf(probe bool) slog.Level {
-	if probe {
-		return slog.LevelDebug
+// log writes a line about a session that the registry has taken in.
+func (s *session) log(msg string, attrs ...any) {
+	level := slog.LevelInfo
+	if s.probe {
+		level = slog.LevelDebug
 	}
-	return slog.LevelInfo
+	s.relay.log.Log(context.Background(), level, msg, append([]any{"leg", s.role, "conn", s.id, "server", s.server.id}, attrs...)...)
 }
 
-// message takes a phone's message to its binary, in the envelope. The check is a
+func (s *session) logConnected() { s.log("connected", "addr", s.addr) }
+
+// message takes a message to the other side.
+func (s *session) message(w *writeBatch, op byte, p []byte) {
+	if s.role == rolePhone {
+		s.toBinary(w, p)
+	} else {
+		s.toPhone(w, op, p)
+	}
+}
+
+// toBinary takes a phone's message to its binary, in the envelope. The check is a
 // security boundary: only exactly one JSON value can stand in it without
 // changing what the binary reads.
-func (ph *phoneLeg) message(w *writeBatch, _ byte, p []byte) {
+func (s *session) toBinary(w *writeBatch, p []byte) {
 	switch checkJSON(p, maxPhoneDepth) {
 	case jsonBadUTF8:
-		ph.end(w, endInvalidUTF8)
+		s.end(w, endInvalidUTF8)
 		return
 	case jsonInvalid:
-		ph.end(w, endNotJSON)
+		s.end(w, endNotJSON)
 		return
 	}
 	var room [128]byte
-	head := appendEnvelopeHead(room[:0], ph.id)
-	srv := ph.server
+	head := appendEnvelopeHead(room[:0], s.id)
+	srv := s.server
 	reason, wait := endNone, false
 	srv.mu.Lock()
 	b := srv.binary
 	switch {
-	case ph.removed || !ph.is(connOpen):
+	case s.removed || !s.is(connOpen):
 		// Closed from elsewhere: too late. Its notice may be queued, or the binary
 		// is another one, which does not know it.
 		srv.mu.Unlock()
@@ -524,17 +506,17 @@ func (ph *phoneLeg) message(w *writeBatch, _ byte, p []byte) {
 		srv.mu.Unlock()
 		reason = b.push(w, 0, head, p, envelopeTail)
 		if wait = b.out.n >= pauseAt; wait {
-			b.waiters = append(b.waiters, &ph.conn)
+			b.waiters = append(b.waiters, &s.conn)
 		}
 		b.mu.Unlock()
 		if reason == endNone {
 			w.upFrames++
 			w.upBytes += int64(len(p))
 		}
-	case ph.graceQueue != nil:
-		if reason = ph.queueInGrace(head, p); ph.graceQueue.n >= w.relay.o.queue {
-			wait = true
-			srv.waiters = append(srv.waiters, &ph.conn)
+	case s.graceQueue != nil:
+		reason = s.graceQueue.push(w, head, p)
+		if wait = s.graceQueue.n >= w.relay.o.queue; wait {
+			srv.waiters = append(srv.waiters, &s.conn)
 		}
 		srv.mu.Unlock()
 	default:
@@ -542,52 +524,51 @@ func (ph *phoneLeg) message(w *writeBatch, _ byte, p []byte) {
 		reason = endBinaryGone
 	}
 	if wait {
-		ph.pause()
+		s.pause()
 	}
 	if reason != endNone {
-		ph.end(w, reason)
+		s.end(w, reason)
 	}
 }
 
-// hold queues a message for the binary that comes back, server.mu held.
-func (ph *phoneLeg) queueInGrace(head, p []byte) closeReason {
+// push queues a message for the binary that comes back, server.mu held.
+func (q *graceQueue) push(w *writeBatch, head, p []byte) closeReason {
 	n := len(head) + len(p) + len(envelopeTail)
-	var room [maxSendHeader + 128]byte
-	front := append(appendFrameHeader(room[:0], opText, n), head...)
-	if !ph.graceQueue.add(&ph.relay.buffers, priorityBacklog, front, p, envelopeTail) {
+	front := append(appendFrameHeader(w.front[:0], opText, n), head...)
+	if !q.add(&w.relay.buffers, priorityBacklog, front, p, envelopeTail) {
 		return endMemoryLimit
 	}
-	ph.graceQueue.frames++
-	ph.graceQueue.bytes += uint64(n)
-	ph.graceQueue.payload += uint64(len(p))
+	q.frames++
+	q.bytes += uint64(n)
+	q.payload += uint64(len(p))
 	return endNone
 }
 
-// message takes an envelope of a binary to the phone that it names.
-func (b *binaryLeg) message(w *writeBatch, op byte, p []byte) {
+// toPhone takes an envelope of a binary to the phone that it names.
+func (s *session) toPhone(w *writeBatch, op byte, p []byte) {
 	env, verdict, drop := parseEnvelope(p)
 	if verdict == jsonBadUTF8 && op == opText {
-		b.end(w, endInvalidUTF8)
+		s.end(w, endInvalidUTF8)
 		return
 	}
 	if drop != dropNone {
-		b.drop(w, slog.LevelWarn, drop)
+		s.drop(w, slog.LevelWarn, drop)
 		return
 	}
-	srv := b.server
+	srv := s.server
 	srv.mu.Lock()
 	ph := srv.phones[string(env.connID)]
-	if ph == nil || srv.binary != b {
+	if ph == nil || srv.binary != s {
 		srv.mu.Unlock()
 		level := slog.LevelWarn
 		if env.frame == nil {
 			level = slog.LevelDebug // a daemon closes a phone of whose end it has just been told
 		}
-		b.drop(w, level, dropUnknownConn)
+		s.drop(w, level, dropUnknownConn)
 		return
 	}
 	if env.hasClose {
-		// Out of the entry first: what the binary itself asks for has no notice.
+		// Out of the server first: what the binary itself asks for has no notice.
 		w.relay.registry.remove(srv, ph)
 	}
 	ph.mu.Lock()
@@ -611,57 +592,54 @@ func (b *binaryLeg) message(w *writeBatch, op byte, p []byte) {
 
 // drop counts an envelope that goes nowhere. A push wake is not logged: it
 // holds a credential, and newer daemons send it as a matter of course.
-func (b *binaryLeg) drop(w *writeBatch, level slog.Level, reason dropReason) {
+func (s *session) drop(w *writeBatch, level slog.Level, reason dropReason) {
 	r := w.relay
 	r.metrics.drops[reason].Add(1)
 	if reason == dropPushWake || !r.log.Enabled(context.Background(), level) {
 		return
 	}
 	if more, ok := r.drops.allow(w.now); ok {
-		r.log.Log(context.Background(), level, "envelope dropped", "conn", b.id, "server", b.server.id, "reason", reason, "unlogged", more)
+		r.log.Log(context.Background(), level, "envelope dropped", "conn", s.id, "server", s.server.id, "reason", reason, "unlogged", more)
 	}
 }
 
-// challenged is peer's: the registry decides what an answer, or none, means.
-func (b *binaryLeg) challenged(w *writeBatch, heard bool) {
+// checkChallenge is handler's: the registry decides what an answer, or none, means.
+func (s *session) checkChallenge(w *writeBatch, heard bool) {
 	if heard {
-		w.relay.registry.answered(w, b)
+		w.relay.registry.answered(w, s)
 	} else {
-		w.relay.registry.overdue(w, b)
+		w.relay.registry.overdue(w, s)
 	}
 }
-func (ph *phoneLeg) challenged(*writeBatch, bool) {} // nobody contends for a phone
 
-func (b *binaryLeg) ended(w *writeBatch, _ closeReason, _ uint16) { w.relay.registry.release(w, b) }
-func (ph *phoneLeg) ended(w *writeBatch, _ closeReason, code uint16) {
-	w.relay.registry.leave(w, ph, code)
-}
-
-func (b *binaryLeg) closed(w *writeBatch) {
-	w.relay.sessionOver(w, &b.conn, roleBinary, b.id, b.server, b.probe)
-}
-func (ph *phoneLeg) closed(w *writeBatch) {
-	w.relay.sessionOver(w, &ph.conn, rolePhone, ph.id, ph.server, ph.probe)
-}
-
-// sessionOver is the end of a connection: its line in the log, its count.
-func (r *relay) sessionOver(w *writeBatch, c *conn, role role, id string, srv *server, probe bool) {
-	c.mu.Lock()
-	reason, code, txFrames, txBytes := c.endReason, c.endCode, c.txFrames, c.txBytes
-	c.mu.Unlock()
-	if !probe {
-		r.metrics.closes[role][reason].Add(1)
-	}
-	switch refused := srv == nil || reason == endAlreadyClaimed; {
-	case refused: // it has had its line
-	case c.contendsSince.Load() != 0:
-		r.log.Log(context.Background(), levelOf(probe), "claim withdrawn", "leg", role, "conn", id, "server", srv.id, "addr", c.addr,
-			"code", code, "reason", reason)
+// ended is handler's: the registry lets go of a session whose end is decided.
+func (s *session) ended(w *writeBatch, _ closeReason, code uint16) {
+	switch {
+	case s.server == nil: // it was refused, or ended before its claim
+	case s.role == roleBinary:
+		w.relay.registry.release(w, s)
 	default:
-		r.log.Log(context.Background(), levelOf(probe), "disconnected", "leg", role, "conn", id, "server", srv.id,
-			"duration", time.Duration(w.now-c.opened),
-			"frames_in", c.rxFrames, "bytes_in", c.rxBytes, "frames_out", txFrames, "bytes_out", txBytes,
+		w.relay.registry.leave(w, s, code)
+	}
+}
+
+// closed is handler's: the end of a connection has its count and its line in the log.
+func (s *session) closed(w *writeBatch) {
+	r := w.relay
+	s.mu.Lock()
+	reason, code, txFrames, txBytes := s.endReason, s.endCode, s.txFrames, s.txBytes
+	s.mu.Unlock()
+	if !s.probe {
+		r.metrics.closes[s.role][reason].Add(1)
+	}
+	switch {
+	case s.server == nil || reason == endAlreadyClaimed: // refused, which has had its line
+	case s.contends():
+		s.log("claim withdrawn", "addr", s.addr, "code", code, "reason", reason)
+	default:
+		s.log("disconnected", "duration", time.Duration(w.now-s.opened),
+			"frames_in", s.rxFrames, "bytes_in", s.rxBytes, "frames_out", txFrames, "bytes_out", txBytes,
 			"code", code, "reason", reason)
 	}
-	r.leave(role)
+	r.leave(s.role)
 }

@@ -14,8 +14,9 @@ func (w *writeBatch) addLocked(c *conn) {
 
 // greet queues the answer to an upgrade, before anybody else knows c: whatever
 // is queued for it from then on comes behind.
-func (c *conn) greet(answer []byte) {
+func (c *conn) greet(w *writeBatch, answer []byte) {
 	c.enqueue(priorityAlways, answer, nil, nil)
+	w.addLocked(c)
 }
 
 // push queues one TEXT message made of three parts, mu held. Where a limit is

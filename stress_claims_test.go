@@ -79,7 +79,7 @@ type lostRound struct {
 // lostDaemon answers pings until its path is lost.
 type lostDaemon struct {
 	*wsClient
-	leg  *binaryLeg
+	leg  *session
 	lost atomic.Bool
 	said chan string // what came for it
 	end  chan string // how it was closed

@@ -203,7 +203,7 @@ func (l *stressLife) babble(rng *rand.Rand, stranger string) {
 
 // rise connects a daemon that takes the place of another, and returns it once it
 // holds the claim; nil when the relay ends.
-func (s *stressServer) rise(rng *rand.Rand, before *binaryLeg) *stressLife {
+func (s *stressServer) rise(rng *rand.Rand, before *session) *stressLife {
 	w := s.w
 	for !w.ending.Load() {
 		c, refused, err := w.connect("/v2/server", binaryHeaders(s.id))
