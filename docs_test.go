@@ -153,7 +153,7 @@ func TestDocsSingleInstance(t *testing.T) {
 
 func TestDocsMetrics(t *testing.T) {
 	t.Parallel()
-	m := newMetrics(identity{}, buildVersion{}, newInstanceState(), &budget{})
+	m := newMetrics(identity{}, buildVersion{}, new(instanceState), &budget{})
 	family := regexp.MustCompile(`(?m)^# HELP (\S+) (.*)\n# TYPE \S+ (\S+)$`)
 	var rows []string
 	for _, f := range family.FindAllStringSubmatch(string(m.text()), -1) {

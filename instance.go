@@ -7,6 +7,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 )
 
@@ -100,19 +101,6 @@ func parseStanding(text string) (s standing, err error) {
 	return s, nil
 }
 
-// hostVerdict is what the check on this host found.
-type hostVerdict uint8
-
-const (
-	hostHeld     hostVerdict = iota // the lock is ours
-	hostBypassed                    // PYRYCODE_RELAY_SINGLE_INSTANCE=1
-	hostVerdictCount
-)
-
-var hostWords = [hostVerdictCount]string{"held", "bypassed"}
-
-func (v hostVerdict) String() string { return hostWords[v] }
-
 // publicVerdict is what the check through the public URL found.
 type publicVerdict uint8
 
@@ -130,55 +118,15 @@ var publicWords = [publicVerdictCount]string{"off", "pending", "verified", "spli
 
 func (v publicVerdict) String() string { return publicWords[v] }
 
-// instanceState is what the checks have found so far, for /healthz and /metrics.
+// instanceState is what the checks have found so far, for /healthz, /metrics and
+// standingHeader.
 type instanceState struct {
-	mu     sync.Mutex // guards what follows
-	host   hostVerdict
-	public publicVerdict
-	yields bool
+	bypassed atomic.Bool   // PYRYCODE_RELAY_SINGLE_INSTANCE=1: the instance lock decides nothing
+	public   atomic.Uint32 // a publicVerdict
+	yields   atomic.Bool   // this relay is about to give way to another
 }
 
-func newInstanceState() *instanceState { return new(instanceState) }
-
-func (s *instanceState) setHost(v hostVerdict) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.host = v
-}
-
-// setPublic records a verdict and returns the one before.
-func (s *instanceState) setPublic(v publicVerdict) (was publicVerdict) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	was, s.public = s.public, v
-	return was
-}
-
-// setYields says in every answer from now on whether this relay is about to give
-// way to another.
-func (s *instanceState) setYields(yields bool) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	s.yields = yields
-}
-
-func (s *instanceState) yielding() bool {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.yields
-}
-
-func (s *instanceState) verdicts() (hostVerdict, publicVerdict) {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.host, s.public
-}
-
-// publicWord is instance_check in /healthz.
-func (s *instanceState) publicWord() string {
-	_, v := s.verdicts()
-	return v.String()
-}
+func (s *instanceState) verdict() publicVerdict { return publicVerdict(s.public.Load()) }
 
 // probeHeader carries the nonce by which the relay knows its own check when it
 // comes back through the public URL.
@@ -187,52 +135,26 @@ const probeHeader = "X-Pyrycode-Relay-Probe"
 // probePrefix begins the server-ids of checks and probes, which are no users'.
 const probePrefix = "probe-"
 
-// probeKeys are the nonces under way. Each is random, known to this process
-// only, good for one upgrade to one server-id, and forgotten when its round is
-// over, so that whoever sees one pass by (another relay, a proxy) has no use for it.
-type probeKeys struct {
-	mu   sync.Mutex        // guards what follows
-	keys map[string]string // nonce → server-id
-}
-
-func newProbeKeys() *probeKeys { return &probeKeys{keys: map[string]string{}} }
+// probeKeys are the nonces under way. Each is random, known to this process only,
+// good for one upgrade to one server-id, and forgotten once that upgrade has been
+// answered, so that another relay or a proxy that sees one pass by has no use for it.
+type probeKeys struct{ serverIDs sync.Map } // by nonce
 
 // issue makes a nonce for one upgrade to a server-id.
 func (p *probeKeys) issue(serverID string) string {
 	nonce := rand.Text()
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	p.keys[nonce] = serverID
+	p.serverIDs.Store(nonce, serverID)
 	return nonce
 }
 
 // valid reports whether a nonce is for serverID, and uses it up.
 func (p *probeKeys) valid(serverID, nonce string) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	id, ok := p.keys[nonce]
-	if !ok || id != serverID {
-		return false
-	}
-	delete(p.keys, nonce)
-	return true
+	return p.serverIDs.CompareAndDelete(nonce, serverID)
 }
 
-// unused reports whether a nonce has not come back, and so did not reach this relay.
-func (p *probeKeys) unused(nonce string) bool {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	_, ok := p.keys[nonce]
-	return ok
-}
-
-// revoke forgets the nonces of a server-id.
-func (p *probeKeys) revoke(serverID string) {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	for nonce, id := range p.keys {
-		if id == serverID {
-			delete(p.keys, nonce)
-		}
-	}
+// withdraw forgets a nonce, and reports whether it has come back, and so has reached
+// this relay.
+func (p *probeKeys) withdraw(nonce string) (used bool) {
+	_, unused := p.serverIDs.LoadAndDelete(nonce)
+	return !unused
 }

@@ -108,7 +108,7 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 	}
 	defer signal.Stop(signals)
 
-	id, build, state := newIdentity(time.Now().Add(o.checkPace.skew)), readBuildVersion(), newInstanceState()
+	id, build, state := newIdentity(time.Now().Add(o.checkPace.skew)), readBuildVersion(), new(instanceState)
 	lock, err := holdInstance(o, log, state, lockInfo{
 		Program: programName, PID: os.Getpid(), Version: build.version, Instance: id.id,
 		Listen: o.listen, Admin: cmp.Or(o.admin, "off"), Started: id.started,
@@ -138,7 +138,7 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 		adminAddr = admin.Addr().String()
 	}
 
-	r, err := newRelay(o, id, build, state, newProbeKeys(), log)
+	r, err := newRelay(o, id, build, state, new(probeKeys), log)
 	if err != nil {
 		return exitFailed, err
 	}
@@ -188,7 +188,7 @@ func holdInstance(o options, log *slog.Logger, state *instanceState, info lockIn
 	if !o.bypass {
 		return lock, err
 	}
-	state.setHost(hostBypassed)
+	state.bypassed.Store(true)
 	found := "no other relay on this host"
 	var held *heldError
 	switch {

@@ -77,11 +77,10 @@ func (m *metrics) text() []byte {
 
 	e.counter("log_lines_lost_total", "Lines of the log that its reader, gone or too slow, did not take.", m.logLost.Load())
 
-	host, public := m.instance.verdicts()
 	e.family("instance_check", "gauge", "Whether this is the only instance: 1 for what each check found.")
-	for v := range hostVerdictCount {
-		e.sample("instance_check", truth(v == host), "check", "host", "verdict", v.String())
-	}
+	bypassed, public := m.instance.bypassed.Load(), m.instance.verdict()
+	e.sample("instance_check", truth(!bypassed), "check", "host", "verdict", "held")
+	e.sample("instance_check", truth(bypassed), "check", "host", "verdict", "bypassed")
 	for v := range publicVerdictCount {
 		e.sample("instance_check", truth(v == public), "check", "public", "verdict", v.String())
 	}

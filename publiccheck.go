@@ -114,7 +114,7 @@ func startPublicCheck(o options, r *relay) *publicCheck {
 	c.url = o.publicURL.String()
 	path := &publicPath{me: r.id, standing: r.standing, base: o.publicURL, keys: r.probes, pause: min(o.checkPace.again/10, longestPause)}
 	c.round = path.round
-	c.state.setPublic(publicPending)
+	c.state.public.Store(uint32(publicPending))
 	c.wg.Go(func() { c.run(ctx) })
 	return c
 }
@@ -147,7 +147,7 @@ func (c *publicCheck) run(ctx context.Context) {
 		}
 		wait = c.pace.every
 		// What has just gone wrong may be over soon.
-		if _, v := c.state.verdicts(); c.suspected || v != publicVerified && time.Since(c.changed) < 2*c.pace.every {
+		if c.suspected || c.state.verdict() != publicVerified && time.Since(c.changed) < 2*c.pace.every {
 			wait = c.pace.again
 		}
 		wait = wait*9/10 + mrand.N(wait/5+1)
@@ -158,7 +158,7 @@ func (c *publicCheck) run(ctx context.Context) {
 // gives way. One round alone is no split: while a relay is replaced
 // both answer for a moment.
 func (c *publicCheck) judge(f roundResult, now time.Time) error {
-	_, was := c.state.verdicts()
+	was := c.state.verdict()
 	if f.verdict == publicSplit && was != publicSplit && !c.suspected {
 		c.suspected = true
 		c.log.Info("another relay answered to the public name; checking again", "url", c.url, "other", names(f.others), "in", c.pace.again)
@@ -168,12 +168,12 @@ func (c *publicCheck) judge(f roundResult, now time.Time) error {
 	c.suspected = false
 	if f.verdict != was {
 		c.changed = now
-		c.state.setPublic(f.verdict)
+		c.state.public.Store(uint32(f.verdict))
 		c.report(f, now)
 	}
 	if f.verdict != publicSplit {
 		c.seen = nil
-		c.state.setYields(false)
+		c.state.yields.Store(false)
 		return nil
 	}
 	return c.sight(f.others, now)
@@ -221,7 +221,7 @@ func (c *publicCheck) sight(others []rival, now time.Time) error {
 	for _, s := range c.seen {
 		yields = yields || s.rounds > 0 && !c.bypass
 	}
-	c.state.setYields(yields)
+	c.state.yields.Store(yields)
 	if stays == nil || c.bypass {
 		return nil
 	}

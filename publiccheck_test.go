@@ -64,15 +64,14 @@ func runCheck(t *testing.T, rounds int, bypass bool, script ...roundResult) (got
 	synctest.Test(t, func(t *testing.T) {
 		var logs logBuffer
 		c := &publicCheck{
-			me: myself, began: time.Now(), url: "wss://relay.test", bypass: bypass, pace: defaultPace(), state: newInstanceState(),
+			me: myself, began: time.Now(), url: "wss://relay.test", bypass: bypass, pace: defaultPace(), state: new(instanceState),
 			log: slog.New(slog.NewTextHandler(&logs, nil)), leave: make(chan error, 1),
 		}
-		c.state.setPublic(publicPending)
+		c.state.public.Store(uint32(publicPending))
 		ctx, cancel := context.WithCancel(t.Context())
 		began := time.Now()
 		note := func() {
-			_, v := c.state.verdicts()
-			got.verdicts = append(got.verdicts, v)
+			got.verdicts = append(got.verdicts, c.state.verdict())
 		}
 		c.round = func(_ context.Context, joins int) roundResult {
 			n := len(got.at)
@@ -288,7 +287,7 @@ func (p relayPair) play(t *testing.T, random *rand.Rand, most time.Duration) (le
 	var gone [2]atomic.Bool
 	standingOf := func(i int) standing {
 		at := time.Since(began)
-		s := standing{age: 100*time.Hour + at, users: p.users(at)[i], yields: checks[i].state.yielding()}
+		s := standing{age: 100*time.Hour + at, users: p.users(at)[i], yields: checks[i].state.yields.Load()}
 		if i == 0 {
 			s.age += p.ahead
 		}
@@ -310,7 +309,7 @@ func (p relayPair) play(t *testing.T, random *rand.Rand, most time.Duration) (le
 	var wg sync.WaitGroup
 	for i := range checks {
 		checks[i] = &publicCheck{
-			me: who(i), began: began, url: "wss://relay.test", pace: defaultPace(), state: newInstanceState(),
+			me: who(i), began: began, url: "wss://relay.test", pace: defaultPace(), state: new(instanceState),
 			log: slog.New(slog.DiscardHandler), leave: make(chan error, 1),
 		}
 		checks[i].round = func(ctx context.Context, _ int) roundResult {

@@ -174,7 +174,6 @@ func (p *publicPath) round(ctx context.Context, joins int) roundResult {
 // the phones go into t.
 func (p *publicPath) tryID(ctx context.Context, joins, follow int, t *roundTally) outcome {
 	id := probeID()
-	defer p.keys.revoke(id)
 	claim, at := p.open(ctx, roleBinary, id)
 	var echo sync.WaitGroup
 	defer echo.Wait()
@@ -223,12 +222,13 @@ func (p *publicPath) tryID(ctx context.Context, joins, follow int, t *roundTally
 func (p *publicPath) open(ctx context.Context, role role, id string) (*wsPeer, outcome) {
 	nonce := p.keys.issue(id)
 	peer, err := p.dialer.dial(ctx, role, id, nonce)
+	came := p.keys.withdraw(nonce)
 	a := answerOf(peer, err)
 	who, ok := a.identity()
 	switch {
 	case ok && who.id == p.me.id && err != nil && (a.code == http.StatusBadRequest || a.code == http.StatusUpgradeRequired):
 		return nil, outcome{kind: outcomeNobody, err: err} // peers get no further: something on the way takes headers away
-	case ok && who.id == p.me.id, !ok && a != nil && !p.keys.unused(nonce): // a proxy may take the header away
+	case ok && who.id == p.me.id, !ok && a != nil && came: // a proxy may take the header away
 		return peer, outcome{kind: outcomeMe}
 	case ok:
 		return peer, outcome{kind: outcomeOther, who: p.beside(who, a)}

@@ -22,11 +22,10 @@ func lookFrom(t *testing.T, r *testRelay, addr string, joins int) roundResult {
 	t.Helper()
 	p := &publicPath{me: r.id, standing: r.standing, base: &url.URL{Scheme: "ws", Host: addr}, keys: r.probes}
 	f := p.round(t.Context(), joins)
-	r.probes.mu.Lock()
-	defer r.probes.mu.Unlock()
-	if n := len(r.probes.keys); n > 0 {
-		t.Errorf("%d nonces outlive their round", n)
-	}
+	r.probes.serverIDs.Range(func(nonce, id any) bool {
+		t.Errorf("the nonce %v for %v outlives its round", nonce, id)
+		return true
+	})
 	return f
 }
 
@@ -199,7 +198,7 @@ func TestStanding(t *testing.T) {
 		t.Error("a probe counts as a user")
 	}
 	b := r.binary("somebody")
-	r.instance.setYields(true)
+	r.instance.yields.Store(true)
 	if _, s := heard(); !s.users || !s.yields {
 		t.Errorf("with a user, about to leave: %+v", s)
 	}
@@ -300,7 +299,7 @@ func TestProbeNonce(t *testing.T) {
 		t.Fatalf("the first of an address: %d", got)
 	}
 	foreign, mine, elsewhere, revoked := other.probes.issue("mine"), r.probes.issue("mine"), r.probes.issue("elsewhere"), r.probes.issue("revoked")
-	r.probes.revoke("revoked")
+	r.probes.withdraw(revoked)
 	for _, tt := range []struct {
 		name, id, nonce string
 		want            int
@@ -308,7 +307,7 @@ func TestProbeNonce(t *testing.T) {
 		{"made up", "mine", "AAAAAAAAAAAAAAAAAAAAAAAAAA", 429},
 		{"of another process", "mine", foreign, 429},
 		{"for another server-id", "mine", elsewhere, 429},
-		{"of a round that is over", "revoked", revoked, 429},
+		{"of an upgrade that was answered", "revoked", revoked, 429},
 		{"good", "mine", mine, 101},
 		{"used up", "mine", mine, 429},
 	} {
@@ -352,7 +351,7 @@ func TestStopDuringCheck(t *testing.T) {
 			case "claim held, no answer to a phone":
 				<-reached
 			case "between rounds":
-				eventually(t, "the first verdict", func() bool { return r.instance.publicWord() == "verified" })
+				eventually(t, "the first verdict", func() bool { return r.instance.verdict().String() == "verified" })
 			}
 			stopped := make(chan struct{})
 			go func() {
@@ -477,11 +476,11 @@ func TestYoungerRelayLeaves(t *testing.T) {
 				b.mu.Lock()
 				program = ""
 				b.mu.Unlock()
-				eventually(t, "the older relay is alone again", func() bool { return first.instance.publicWord() == "verified" })
+				eventually(t, "the older relay is alone again", func() bool { return first.instance.verdict().String() == "verified" })
 				return
 			}
 			eventually(t, "both report the split", func() bool {
-				return first.instance.publicWord() == "split" && strings.Contains(health(), `"instance_check":"split"`)
+				return first.instance.verdict().String() == "split" && strings.Contains(health(), `"instance_check":"split"`)
 			})
 			// Long enough that it would have left without the bypass.
 			seen := first.metrics.upgrades[roleBinary][upgradeAccepted].Load()

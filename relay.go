@@ -180,7 +180,7 @@ func (c *clock) stop() {
 func (r *relay) standing() standing {
 	m := r.metrics
 	users := m.connectedBinaries.Load()+m.binariesInGrace.Load() > r.registry.checks.Load()
-	return standing{time.Since(r.started), users, r.instance.yielding()}
+	return standing{time.Since(r.started), users, r.instance.yields.Load()}
 }
 
 // greeting is in every answer of the WebSocket endpoints.
@@ -241,7 +241,7 @@ func (r *relay) health(w http.ResponseWriter) {
 		Phones   int64  `json:"connected_phones"`
 		Uptime   int64  `json:"uptime_seconds"`
 	}{
-		status, r.build.version, r.id.id, r.instance.publicWord(),
+		status, r.build.version, r.id.id, r.instance.verdict().String(),
 		r.metrics.connectedBinaries.Load(), r.metrics.connectedPhones.Load(), int64(time.Since(r.started) / time.Second),
 	})
 }
