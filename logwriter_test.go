@@ -11,75 +11,56 @@ import (
 	"time"
 )
 
-// slowOut is a terminal that takes nothing until it is let go.
-type slowOut struct {
-	logBuffer
-	begun chan struct{} // gets one for each write that begins
-	gate  chan struct{} // a write needs one
-}
+// writerFunc is a reader of the log that a test plays.
+type writerFunc func(p []byte) (int, error)
 
-func (s *slowOut) Write(p []byte) (int, error) {
-	s.begun <- struct{}{}
-	<-s.gate
-	return s.logBuffer.Write(p)
-}
+func (f writerFunc) Write(p []byte) (int, error) { return f(p) }
+
+func lostWords(lines int64) []byte { return fmt.Appendf(nil, "lost %d\n", lines) }
 
 func TestLogWriterGathers(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		var out countingOut
-		w := newLogWriter(&out, nil)
-		defer w.Close()
+		var writes []string
+		w := &logWriter{out: writerFunc(func(p []byte) (int, error) { writes = append(writes, string(p)); return len(p), nil })}
 		for i := range 100 {
 			fmt.Fprintf(w, "line %d\n", i)
 		}
 		synctest.Wait()
-		if out.String() != "" {
-			t.Errorf("%q was written before lines could gather", out.String())
+		if len(writes) > 0 {
+			t.Errorf("%q was written before lines could gather", writes)
 		}
-		time.Sleep(logDelay)
-		synctest.Wait()
-		if n := strings.Count(out.String(), "\n"); n != 100 || out.writes != 1 {
-			t.Errorf("%d lines in %d writes, want 100 in one", n, out.writes)
+		for _, idle := range []time.Duration{logDelay, time.Hour} {
+			time.Sleep(idle)
+			synctest.Wait()
+			if len(writes) != 1 || strings.Count(writes[0], "\n") != 100 {
+				t.Errorf("after %v: %d writes, want one of 100 lines: %q", idle, len(writes), writes)
+			}
 		}
-		time.Sleep(time.Hour)
-		if out.writes != 1 {
-			t.Errorf("%d writes after an idle hour, want one", out.writes)
+		if w.Close(); len(writes) != 1 {
+			t.Errorf("%d writes, one of them of nothing", len(writes))
 		}
 	})
 }
 
-type countingOut struct {
-	logBuffer
-	writes int
-}
-
-func (o *countingOut) Write(p []byte) (int, error) {
-	o.writes++
-	return o.logBuffer.Write(p)
-}
-
-func lostWords(lines int64) []byte { return fmt.Appendf(nil, "lost %d\n", lines) }
-
-// A reader of the log that stands still costs memory up to a bound, holds
-// nobody up, and is told how much it missed.
+// A reader of the log that stands still costs memory up to a bound, delays no
+// line, and is told how much it missed.
 func TestLogWriterBound(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		out := &slowOut{begun: make(chan struct{}, 10), gate: make(chan struct{}, 10)}
-		w := newLogWriter(out, lostWords)
+		var out strings.Builder
+		begun, gate := make(chan struct{}, 10), make(chan struct{}) // a write that begins; a write needs it closed
+		w := &logWriter{lostLine: lostWords, out: writerFunc(func(p []byte) (int, error) { begun <- struct{}{}; <-gate; return out.Write(p) })}
 		line := []byte(strings.Repeat("x", 1023) + "\n")
 		io.WriteString(w, "first\n")
-		<-out.begun // it hangs in the write of this line
+		<-begun // it hangs in the write of this line
 		const more = 7
 		for range maxLogBacklog/len(line) + more {
 			if n, err := w.Write(line); n != len(line) || err != nil {
 				t.Fatalf("write: %d, %v", n, err)
 			}
 		}
-		for range cap(out.gate) {
-			out.gate <- struct{}{}
-		}
+		close(gate)
 		w.Close()
 		got := out.String()
 		if n := strings.Count(got, string(line)); n != maxLogBacklog/len(line) {
@@ -97,7 +78,7 @@ func TestLogWriterClose(t *testing.T) {
 	t.Parallel()
 	for range 50 {
 		var out strings.Builder // which takes one writer at a time
-		w := newLogWriter(&out, nil)
+		w := &logWriter{out: &out}
 		var wg sync.WaitGroup
 		const writers, lines = 4, 100
 		for k := range writers {
@@ -110,6 +91,7 @@ func TestLogWriterClose(t *testing.T) {
 		w.Close()
 		wg.Wait()
 		io.WriteString(w, "last\n")
+		w.Close()
 		next := [writers]int{}
 		for line := range strings.Lines(out.String()) {
 			var k, i int
@@ -126,44 +108,36 @@ func TestLogWriterClose(t *testing.T) {
 	}
 }
 
-// brokenOut is a pipe whose reader is gone while broken is set.
-type brokenOut struct {
-	logBuffer
-	broken bool
-	room   int // bytes that it takes before it breaks
-}
-
-func (o *brokenOut) Write(p []byte) (int, error) {
-	if !o.broken {
-		return o.logBuffer.Write(p)
-	}
-	n, _ := o.logBuffer.Write(p[:min(o.room, len(p))])
-	return n, syscall.EPIPE
-}
-
-// Lines that nobody takes are counted by what was not taken of them, and said
+// Lines that no reader takes are counted by what was not taken of them, and told
 // once there is a reader again: once.
 func TestLogWriterReaderGone(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		out := &brokenOut{broken: true, room: len("line 0\nli")}
-		w := newLogWriter(out, lostWords)
-		for i := range 3 {
-			fmt.Fprintf(w, "line %d\n", i)
+		var out strings.Builder
+		room := len("line 0\nli") // bytes that a pipe takes before it breaks, -1 for all
+		w := &logWriter{lostLine: lostWords, out: writerFunc(func(p []byte) (int, error) {
+			if room < 0 {
+				return out.Write(p)
+			}
+			n, _ := out.Write(p[:min(room, len(p))])
+			room = 0
+			return n, syscall.EPIPE
+		})}
+		say := func(lines string) {
+			for line := range strings.Lines(lines) {
+				io.WriteString(w, line)
+			}
+			time.Sleep(time.Second)
+			synctest.Wait()
 		}
-		time.Sleep(time.Second)
-		synctest.Wait()
+		say("line 0\nline 1\nline 2\n")
 		if got := w.lost.Load(); got != 2 {
 			t.Errorf("%d lines lost, want 2 of 3", got)
 		}
-		out.room = 0
-		io.WriteString(w, "line 3\n")
-		time.Sleep(time.Second)
-		synctest.Wait()
-		out.broken = false
-		io.WriteString(w, "line 4\n")
-		time.Sleep(time.Second)
-		io.WriteString(w, "line 5\n")
+		say("line 3\n")
+		room = -1
+		say("line 4\n")
+		say("line 5\n")
 		w.Close()
 		if want := "line 0\nliline 4\nlost 3\nline 5\n"; out.String() != want {
 			t.Errorf("the log is %q, want %q", out.String(), want)

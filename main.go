@@ -13,13 +13,23 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"os"
 	"os/signal"
+	"path"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
+
+const programName = "pyrycode-relay"
 
 func main() {
 	os.Exit(run(context.Background(), os.Args[1:], environment(os.Environ()), os.Stdout, os.Stderr))
@@ -40,8 +50,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 			fmt.Fprintln(stdout, readBuildVersion())
 			return exitStopped
 		case "help":
-			writeUsage(stdout)
-			return exitStopped
+			args = []string{"-h"}
 		case "probe":
 			return runProbe(ctx, args[1:], stdout, stderr)
 		}
@@ -51,50 +60,19 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		writeUsage(stdout)
 		return exitStopped
 	}
-	if err == nil {
-		err = checkPlatform(o, env)
-	}
-	if err == nil {
-		o.checkPace, err = paceFrom(env)
-	}
 	code := exitRefused
 	if err == nil {
 		signal.Ignore(syscall.SIGPIPE) // a log that nobody reads any more ends nothing
-		w := newLogWriter(stderr, o.lostLine)
+		w := &logWriter{out: stderr, lostLine: o.lostLine}
 		code, err = serve(ctx, o, w)
 		w.Close()
 	}
 	if err != nil {
-		// One plain line and the last one, whatever the format of the log: who
-		// reads it starts a relay by hand or looks for why a service won't start.
+		// The last line is a plain one, whatever the format of the log: a person reads
+		// it who starts a relay by hand or looks for why a service won't start.
 		fmt.Fprintf(stderr, "%s: refusing to start: %v\n", programName, err)
 	}
 	return code
-}
-
-// newLogger makes the logger of a relay.
-func newLogger(w io.Writer, o options) *slog.Logger {
-	h := &slog.HandlerOptions{Level: o.logLevel, ReplaceAttr: durationInMillis}
-	if o.logFormat == "json" {
-		return slog.New(slog.NewJSONHandler(w, h))
-	}
-	return slog.New(slog.NewTextHandler(w, h))
-}
-
-// durationInMillis makes every duration in the log a number that has its unit in
-// its name: slog's text has 7ms, which no program adds up, and its JSON 7000000.
-func durationInMillis(_ []string, a slog.Attr) slog.Attr {
-	if a.Value.Kind() == slog.KindDuration {
-		return slog.Int64(a.Key+"_ms", a.Value.Duration().Round(time.Millisecond).Milliseconds())
-	}
-	return a
-}
-
-// lostLine makes the log's line about lines that are not in it.
-func (o options) lostLine(lines int64) []byte {
-	var b bytes.Buffer
-	newLogger(&b, o).Warn("log lines lost: the log's reader was gone or too slow", "lines", lines)
-	return b.Bytes()
 }
 
 // serve runs a relay from the instance lock to the end of the drain. An error is
@@ -119,16 +97,17 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 	if lock != nil {
 		defer lock.Close()
 	}
-	warnFileLimit(o, log)
-	warnMemory(o, log)
-	defer limitMemory(o)()
+	allowed, from := memoryAllowed("")
+	warnFiles(o, fileLimit(), log)
+	warnMemory(o, allowed, from, log)
+	defer debug.SetMemoryLimit(limitMemory(o, allowed))
 
 	public, err := listen("-listen", o.listen)
 	if err != nil {
 		return exitFailed, err
 	}
 	defer public.Close()
-	adminAddr := "off"
+	addr, adminAddr := public.Addr().String(), "off"
 	var admin net.Listener
 	if o.admin != "" {
 		if admin, err = listen("-admin", o.admin); err != nil {
@@ -143,20 +122,20 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 		return exitFailed, err
 	}
 	r.metrics.logLost = &w.lost
-	failed := make(chan error, 2)
-	addr := public.Addr().String()
 	if lock != nil {
 		lock.serving(r, addr, adminAddr)
 	}
-	doors := []door{serveHTTP(public, r, r, failed)}
+	failed := make(chan error, 2)
+	doors := map[net.Listener]*http.Server{public: serveHTTP(public, r, r, failed)}
 	if admin != nil {
 		mux := http.NewServeMux()
 		mux.Handle("GET /metrics", r.metrics)
-		doors = append(doors, serveHTTP(admin, mux, r, failed))
+		doors[admin] = serveHTTP(admin, mux, r, failed)
 	}
 	log.Info("listening", "addr", addr, "admin", adminAddr, "version", build.version, "instance", id.id)
 	if lock != nil && !o.bypass {
-		log.Info("this is the only relay on this host; next: put a TLS proxy in front, and try it with: "+programName+" probe ws://"+addr, "lock", o.instanceLock)
+		log.Info("this is the only relay on this host; next: put a TLS proxy in front, and try it with: "+
+			programName+" probe ws://"+addr, "lock", o.instanceLock)
 	}
 
 	check := startPublicCheck(o, r)
@@ -190,34 +169,14 @@ func holdInstance(o options, log *slog.Logger, state *instanceState, info lockIn
 	}
 	state.bypassed.Store(true)
 	found := "no other relay on this host"
-	var held *heldError
-	switch {
-	case errors.As(err, &held) && held.holder != nil:
+	if held := (*heldError)(nil); errors.As(err, &held) && held.holder != nil {
 		found = fmt.Sprintf("another relay on this host: pid %d, listening on %s", held.holder.PID, held.holder.Listen)
-	case err != nil:
+	} else if err != nil {
 		found = err.Error()
 	}
-	log.Warn("SINGLE-INSTANCE CHECK BYPASSED by "+bypassName+"=1: with a second relay behind the same name, phones get 4404 although their binary is online, and no log says why; "+
-		"for an emergency or a migration only: unset it as soon as that is over", "found", found)
+	log.Warn("SINGLE-INSTANCE CHECK BYPASSED by "+bypassName+"=1: with a second relay behind the same name, phones get 4404 although "+
+		"their binary is online, and no log says why; for an emergency or a migration only: unset it as soon as that is over", "found", found)
 	return lock, nil
-}
-
-// warnFileLimit says what happens where the system allows fewer files than
-// connections.
-func warnFileLimit(o options, log *slog.Logger) {
-	const others = 64 // listeners, requests that are no session, the log
-	if n, ok := fileLimit(); ok && n < uint64(o.maxConnections)+others {
-		log.Warn("the file limit is below -max-connections: connections beyond it are not accepted until others leave; "+
-			"raise it (ulimit -n, LimitNOFILE=) or lower -max-connections", "file_limit", n, "max_connections", o.maxConnections)
-	}
-}
-
-func warnMemory(o options, log *slog.Logger) {
-	if allowed, from, ok := memoryAllowed(""); ok {
-		if text, attrs := memoryWarning(o, allowed, from); text != "" {
-			log.Warn(text, attrs...)
-		}
-	}
 }
 
 // listen opens a flag's address.
@@ -234,22 +193,15 @@ func listen(flag, addr string) (net.Listener, error) {
 	return newAcceptor(ln)
 }
 
-// door is a listener and who serves it: the drain shuts the one at its beginning
-// and the other at its end.
-type door struct {
-	ln  net.Listener
-	srv *http.Server
-}
-
 // serveHTTP serves h on ln for r, and reports an end that nobody asked for.
-func serveHTTP(ln net.Listener, h http.Handler, r *relay, failed chan<- error) door {
+func serveHTTP(ln net.Listener, h http.Handler, r *relay, failed chan<- error) *http.Server {
 	s := newServer(h, r)
 	go func() {
 		if err := s.Serve(guests{ln}); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
 			failed <- fmt.Errorf("serving %s: %w", ln.Addr(), err)
 		}
 	}()
-	return door{ln, s}
+	return s
 }
 
 // newServer bounds what strangers can make net/http hold; guests are its listener.
@@ -266,22 +218,22 @@ func newServer(h http.Handler, r *relay) *http.Server {
 	}
 }
 
-// stop drains r: the listeners close first, then everybody is told. Until that is
+// stop drains r: the listeners close first, then every peer is told. Until that is
 // over, a load balancer that keeps a connection alive for its questions is
 // answered 503. It reports false if a second signal came meanwhile.
-func stop(r *relay, doors []door, signals <-chan os.Signal, deadline time.Duration) bool {
+func stop(r *relay, doors map[net.Listener]*http.Server, signals <-chan os.Signal, deadline time.Duration) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), deadline)
 	defer cancel()
 	r.beginDrain()
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		for _, d := range doors {
-			d.ln.Close()
+		for ln := range doors {
+			ln.Close()
 		}
 		r.drain(ctx)
-		for _, d := range doors {
-			d.srv.Close()
+		for _, s := range doors {
+			s.Close()
 		}
 	}()
 	select {
@@ -290,4 +242,238 @@ func stop(r *relay, doors []door, signals <-chan os.Signal, deadline time.Durati
 	case <-signals:
 		return false
 	}
+}
+
+// ---- the version ----
+
+// version is set by the linker for releases: -ldflags "-X main.version=v1.2.3".
+var version string
+
+// buildVersion is what this program was built from.
+type buildVersion struct {
+	version, revision, goVersion string
+}
+
+// readBuildVersion prefers the linker's value, then what the go command left.
+var readBuildVersion = sync.OnceValue(func() buildVersion {
+	v := buildVersion{version, "unknown", runtime.Version()}
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return v
+	}
+	v.version = cmp.Or(version, info.Main.Version, "(devel)")
+	dirty := ""
+	for _, s := range info.Settings {
+		switch {
+		case s.Key == "vcs.revision":
+			v.revision = s.Value
+		case s.Key == "vcs.modified" && s.Value == "true":
+			dirty = "+dirty"
+		}
+	}
+	v.revision += dirty
+	return v
+})
+
+func (v buildVersion) String() string {
+	return fmt.Sprintf("%s %s, revision %s, %s", programName, v.version, v.revision, v.goVersion)
+}
+
+// ---- the log ----
+
+// newLogger makes the logger of a relay.
+func newLogger(w io.Writer, o options) *slog.Logger {
+	h := &slog.HandlerOptions{Level: o.logLevel, ReplaceAttr: plainValue}
+	if o.logFormat == "json" {
+		return slog.New(slog.NewJSONHandler(w, h))
+	}
+	return slog.New(slog.NewTextHandler(w, h))
+}
+
+// plainValue makes both formats of the log say the same. A duration is a number
+// that has its unit in its name: slog's text has 7ms, which no program adds up,
+// and its JSON 7000000. What has a word is that word.
+func plainValue(_ []string, a slog.Attr) slog.Attr {
+	if a.Value.Kind() == slog.KindDuration {
+		return slog.Int64(a.Key+"_ms", a.Value.Duration().Round(time.Millisecond).Milliseconds())
+	}
+	if a.Value.Kind() == slog.KindAny {
+		if word, ok := a.Value.Any().(fmt.Stringer); ok {
+			a.Value = slog.StringValue(word.String())
+		}
+	}
+	return a
+}
+
+// lostLine makes the log's line about lines that are not in it.
+func (o options) lostLine(lines int64) []byte {
+	var b bytes.Buffer
+	newLogger(&b, o).Warn("log lines lost: the log's reader was gone or too slow", "lines", lines)
+	return b.Bytes()
+}
+
+const (
+	// maxLogBacklog is some 5,000 lines.
+	maxLogBacklog = 1 << 20
+	// logDelay is how long lines gather before they are written, so that a wave of
+	// connections costs a few writes.
+	logDelay = 5 * time.Millisecond
+	// lastWords is how long the end of the program waits for the log's reader: a
+	// stopped terminal must not keep a process that was told to stop.
+	lastWords = time.Second
+)
+
+// logWriter stands between the logger and out, so that no connection waits for a
+// terminal or a full pipe. Lines beyond its bound are lost, and so are those that
+// out does not take because its reader is gone; it counts them, and tells how many.
+type logWriter struct {
+	out      io.Writer
+	lostLine func(lines int64) []byte // makes the line that says how many are lost
+	lost     atomic.Int64             // lines
+
+	writing sync.Mutex // guards said and the order of writes; a flush holds it, Write never waits for it
+	said    int64      // of lost
+
+	mu    sync.Mutex // guards what follows; taken after writing
+	lines []byte     // where there are any, a flush of them is due
+}
+
+// Write takes one line. It never blocks and never fails.
+func (w *logWriter) Write(line []byte) (int, error) {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if len(w.lines)+len(line) > maxLogBacklog {
+		w.lost.Add(1)
+		return len(line), nil
+	}
+	if len(w.lines) == 0 {
+		time.AfterFunc(logDelay, w.flush)
+	}
+	w.lines = append(w.lines, line...)
+	return len(line), nil
+}
+
+// flush writes what has gathered, and behind it what of lost has not been said.
+func (w *logWriter) flush() {
+	w.writing.Lock()
+	defer w.writing.Unlock()
+	w.mu.Lock()
+	lines, lost := w.lines, w.lost.Load()
+	w.lines = nil
+	w.mu.Unlock()
+	if len(lines) == 0 { // Close was faster
+		return
+	}
+	if n, err := w.out.Write(lines); err != nil {
+		w.lost.Add(int64(bytes.Count(lines[n:], []byte("\n"))))
+	} else if lost > w.said {
+		if _, err := w.out.Write(w.lostLine(lost - w.said)); err == nil {
+			w.said = lost
+		}
+	}
+}
+
+// Close writes what has gathered, unless nothing takes it within lastWords.
+func (w *logWriter) Close() {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		w.flush()
+	}()
+	select {
+	case <-done:
+	case <-time.After(lastWords):
+	}
+}
+
+// ---- what the system allows ----
+
+// fileLimit is how many descriptors this process may have (proc(5), limits), as
+// far as the system tells. Go's runtime has raised it as far as it may by now.
+func fileLimit() (n int64) {
+	b, _ := os.ReadFile("/proc/self/limits")
+	_, soft, _ := strings.Cut(string(b), "Max open files")
+	if _, err := fmt.Sscan(soft, &n); err != nil {
+		return math.MaxInt64
+	}
+	return n
+}
+
+// warnFiles says what happens where the system allows fewer files than connections.
+func warnFiles(o options, allowed int64, log *slog.Logger) {
+	const others = 64 // listeners, requests that are no session, the log
+	if allowed < int64(o.maxConnections)+others {
+		log.Warn("the file limit is below -max-connections: connections beyond it are not accepted until others leave; "+
+			"raise it (ulimit -n, LimitNOFILE=) or lower -max-connections", "file_limit", allowed, "max_connections", o.maxConnections)
+	}
+}
+
+// memoryAllowed is how much memory this process may have, as far as the system
+// tells: the machine's, or what its control group or one above allows. from is the
+// file that says so. root is where the file system begins.
+func memoryAllowed(root string) (n int64, from string) {
+	n = math.MaxInt64
+	least := func(file, format string, unit int64) {
+		b, _ := os.ReadFile(root + file)
+		var v int64
+		// "max", and numbers beyond int64, are no limits.
+		if _, err := fmt.Sscanf(string(b), format, &v); err == nil && v > 0 && v < n/unit {
+			n, from = v*unit, file
+		}
+	}
+	least("/proc/meminfo", "MemTotal: %d kB", 1<<10)     // proc_meminfo(5)
+	groups, _ := os.ReadFile(root + "/proc/self/cgroup") // cgroups(7): number, controllers, path
+	for line := range strings.Lines(string(groups)) {
+		f := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		mount, file := "/sys/fs/cgroup", "memory.max"
+		switch {
+		case len(f) == 3 && f[1] == "": // version 2
+		case len(f) == 3 && slices.Contains(strings.Split(f[1], ","), "memory"):
+			mount, file = mount+"/memory", "memory.limit_in_bytes"
+		default:
+			continue
+		}
+		// In a container the path can be the host's, of which only the root is there.
+		for dir := path.Clean("/" + f[2]); ; dir = path.Dir(dir) {
+			least(path.Join(mount, dir, file), "%d", 1)
+			if dir == "/" {
+				break
+			}
+		}
+	}
+	return n, from
+}
+
+// memoryNeeded is what the process stays under with o, whatever peers do.
+func memoryNeeded(o options) int64 {
+	const others = 64 << 20 // what net/http serves, the program, the log, garbage
+	return o.queueTotal + int64(o.maxConnections)*sessionCost + others
+}
+
+// warnMemory says what happens where the process may have less memory than the
+// options need, and which -queue-total would fit.
+func warnMemory(o options, allowed int64, from string, log *slog.Logger) {
+	const risk = "the memory limit is below what the options need: the system may kill this relay; raise it"
+	need := memoryNeeded(o)
+	fits := o.queueTotal - (need - allowed)
+	log = log.With("allowed", allowed, "by", from, "needed", need)
+	switch {
+	case allowed >= need:
+	case fits < int64(o.queue):
+		log.Warn(risk + ", or lower -queue-total, -queue and -max-connections")
+	default:
+		log.Warn(risk+" or lower -queue-total", "queue_total", o.queueTotal, "queue_total_that_fits", fits)
+	}
+}
+
+// limitMemory makes Go collect in time to stay under what the options need and the
+// system allows, and returns the limit before: left alone Go may come to twice the
+// bytes that are buffered at the most, where they were freed in buffers of one size
+// and are wanted in another. A limit that GOMEMLIMIT sets stays.
+func limitMemory(o options, allowed int64) (old int64) {
+	const program = 16 << 20 // its own pages, which Go's limit does not count
+	if old = debug.SetMemoryLimit(-1); old == math.MaxInt64 {
+		debug.SetMemoryLimit(min(memoryNeeded(o), max(allowed, 2*program)) - program)
+	}
+	return old
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -152,7 +153,7 @@ func TestPortInUse(t *testing.T) {
 
 func TestFileLimitBelowConnections(t *testing.T) {
 	t.Parallel()
-	if _, ok := fileLimit(); !ok {
+	if fileLimit() == math.MaxInt64 {
 		t.Skip("this system tells no file limit")
 	}
 	self, err := os.Executable()

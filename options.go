@@ -246,7 +246,11 @@ func parseOptions(args []string, env map[string]string) (options, error) {
 	default:
 		o.bypass = set
 	}
-	return o, o.validate(func(flag string) string { return cmp.Or(source[flag], "flag -"+flag) })
+	var err error
+	if o.checkPace, err = paceFrom(env); err != nil {
+		return o, err
+	}
+	return o, cmp.Or(o.validate(func(flag string) string { return cmp.Or(source[flag], "flag -"+flag) }), checkPlatform(o, env))
 }
 
 // validate looks at what one flag alone cannot tell. source says where the value

@@ -34,8 +34,6 @@ const (
 	maxPID = 1<<31 - 1
 )
 
-const programName = "pyrycode-relay"
-
 // lockInfo is what the holder of the lock says of itself, as one JSON line.
 type lockInfo struct {
 	Program  string    `json:"program"`

@@ -1,6 +1,8 @@
 package main
 
 import (
+	"fmt"
+	"math"
 	"os"
 	"path/filepath"
 	"strings"
@@ -17,7 +19,7 @@ func TestMemoryAllowed(t *testing.T) {
 		want  int64
 		from  string
 	}{
-		{"nothing is known", nil, 0, ""},
+		{"nothing is known", nil, math.MaxInt64, ""},
 		{"the machine", map[string]string{"proc/meminfo": meminfo}, 1 << 20, "/proc/meminfo"},
 		{"version 2", map[string]string{
 			"proc/meminfo":                 meminfo,
@@ -67,7 +69,7 @@ func TestMemoryAllowed(t *testing.T) {
 			"proc/meminfo":             "what\n",
 			"proc/self/cgroup":         "0:\n\nx\n0::/\n",
 			"sys/fs/cgroup/memory.max": "-1\n",
-		}, 0, ""},
+		}, math.MaxInt64, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -81,8 +83,8 @@ func TestMemoryAllowed(t *testing.T) {
 					t.Fatal(err)
 				}
 			}
-			if n, from, ok := memoryAllowed(root); n != tt.want || from != tt.from || ok != (tt.want > 0) {
-				t.Errorf("%d by %q (%v), want %d by %q", n, from, ok, tt.want, tt.from)
+			if n, from := memoryAllowed(root); n != tt.want || from != tt.from {
+				t.Errorf("%d by %q, want %d by %q", n, from, tt.want, tt.from)
 			}
 		})
 	}
@@ -94,18 +96,21 @@ func TestMemoryWarning(t *testing.T) {
 	t.Parallel()
 	o := defaultOptions()
 	need := memoryNeeded(o)
-	if text, _ := memoryWarning(o, need, "file"); text != "" {
-		t.Errorf("enough memory, and the warning %q", text)
-	}
-	text, attrs := memoryWarning(o, need-1, "file")
-	if !strings.Contains(text, "-queue-total") || attrs[len(attrs)-1] != o.queueTotal-1 {
-		t.Errorf("%q %v", text, attrs)
-	}
-	o.queueTotal = attrs[len(attrs)-1].(int64)
-	if text, _ := memoryWarning(o, need-1, "file"); text != "" {
-		t.Errorf("what fits does not: %q", text)
-	}
-	if text, attrs := memoryWarning(o, 64<<20, "file"); !strings.Contains(text, "-max-connections") || len(attrs) != 6 {
-		t.Errorf("%q %v", text, attrs)
+	for _, c := range []struct{ total, allowed, fits int64 }{
+		{o.queueTotal, need, 0},
+		{o.queueTotal, need - 1, o.queueTotal - 1},
+		{o.queueTotal - 1, need - 1, 0}, // what fits does
+		{o.queueTotal, 64 << 20, -1},
+	} {
+		var log logBuffer
+		o.queueTotal = c.total
+		warnMemory(o, c.allowed, "file", newLogger(&log, o))
+		switch got := log.String(); {
+		case c.fits == 0 && got == "":
+		case c.fits > 0 && strings.HasSuffix(got, fmt.Sprintf("lower -queue-total\" allowed=%d by=file needed=%d queue_total=%d queue_total_that_fits=%d\n", c.allowed, need, c.total, c.fits)):
+		case c.fits < 0 && strings.HasSuffix(got, fmt.Sprintf("-max-connections\" allowed=%d by=file needed=%d\n", c.allowed, need)):
+		default:
+			t.Errorf("%d of %d: %s", c.allowed, need, got)
+		}
 	}
 }

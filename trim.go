@@ -1,7 +1,6 @@
 package main
 
 import (
-	"math"
 	"runtime"
 	"runtime/debug"
 	"sync/atomic"
@@ -42,47 +41,6 @@ const (
 	// wave: a few fast streams.
 	dailyBuffers = 16 << 20
 )
-
-// memoryNeeded is what the process stays under with o, whatever peers do.
-func memoryNeeded(o options) int64 {
-	const others = 64 << 20 // what net/http serves, the program, the log, garbage
-	return o.queueTotal + int64(o.maxConnections)*sessionCost + others
-}
-
-// limitMemory makes Go collect in time to stay under what the options need, and
-// under what the system allows: left alone it may come to twice the bytes that are
-// buffered at the most, where they were freed in buffers of one size and are
-// wanted in another. A limit that GOMEMLIMIT sets stays. undo is for the end.
-func limitMemory(o options) (undo func()) {
-	// The program's own pages, which Go's limit does not count.
-	const program = 16 << 20
-	old := debug.SetMemoryLimit(-1)
-	if old == math.MaxInt64 {
-		n := memoryNeeded(o)
-		if allowed, _, ok := memoryAllowed(""); ok {
-			n = min(n, max(allowed, 2*program))
-		}
-		debug.SetMemoryLimit(n - program)
-	}
-	return func() { debug.SetMemoryLimit(old) }
-}
-
-// memoryWarning says what happens where the process may have less memory than the
-// options need, and which -queue-total would fit.
-func memoryWarning(o options, allowed int64, from string) (text string, attrs []any) {
-	need := memoryNeeded(o)
-	if allowed >= need {
-		return "", nil
-	}
-	attrs = []any{"allowed", allowed, "by", from, "needed", need}
-	fits := allowed - (need - o.queueTotal)
-	if fits < int64(o.queue) {
-		return "the memory limit is below what the options need: the system may kill this relay; " +
-			"raise it, or lower -queue-total, -queue and -max-connections", attrs
-	}
-	return "the memory limit is below what the options need: the system may kill this relay; raise it or lower -queue-total",
-		append(attrs, "queue_total", o.queueTotal, "queue_total_that_fits", fits)
-}
 
 // held is trimmer.held of the relay.
 func (r *relay) held() int64 {
