@@ -92,7 +92,7 @@ func (c *accepted) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(c.from
 func (c *accepted) Read(p []byte) (int, error) {
 	n := 0
 	nc, err := c.try(func(fd int) (done bool, err error) {
-		if n, err = recv(fd, nil, p); n == 0 && err == nil {
+		if n, err = recv(fd, p); n == 0 && err == nil {
 			err = io.EOF
 		}
 		return true, err

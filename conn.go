@@ -20,6 +20,9 @@ const (
 	// socket straight from where it was read. Below it the copy into the queue
 	// costs less than the system call that coalescing saves.
 	directWrite = 8 << 10
+	// growth is how many times the bytes that have arrived of a frame may be
+	// allocated for it.
+	growth = 4
 	// flushAt bounds what a batch gathers for one peer before it is written.
 	flushAt = 64 << 10
 	// pauseAt and resumeAt: a binary that has this much to take is
@@ -94,12 +97,11 @@ type conn struct {
 	challenged   atomic.Bool   // the owner waits for a sign of life; written by the owner
 
 	// Owned by the reader.
-	partial     *buffer // an unfinished frame
-	msg         *buffer // an unfinished fragmented message
-	unparsed    *buffer // read, and not looked at because of a pause
-	msgOp       byte
-	paused      bool // the owner wants no more messages before resume
-	ignoreInput bool // the stream broke a rule: nothing in it means anything any more
+	unparsed    *buffer // read, and not handled: half a frame, or all that came behind a pause
+	fragments   *buffer // of the message under way
+	messageOp   byte    // of their first
+	paused      bool    // the owner wants no more messages before resume
+	ignoreInput bool    // the stream broke a rule: nothing in it means anything any more
 	rxFrames    uint32
 	rxBytes     uint64
 

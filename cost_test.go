@@ -143,8 +143,8 @@ func TestIdleConnectionsHoldNoBuffers(t *testing.T) {
 	idle := func(what string) {
 		t.Helper()
 		for _, c := range []*conn{&b.conn, &ph.conn} {
-			if c.partial != nil || c.msg != nil || c.unparsed != nil || c.out != (queue{}) || c.pong != nil || c.messageStart.Load() != 0 {
-				t.Errorf("after %s a connection holds in %v, msg %v, rest %v, out %v, pong %d bytes", what, c.partial, c.msg, c.unparsed, c.out, len(c.pong))
+			if c.unparsed != nil || c.fragments != nil || c.out != (queue{}) || c.pong != nil || c.messageStart.Load() != 0 {
+				t.Errorf("after %s a connection holds unparsed %v, fragments %v, out %v, pong %d bytes", what, c.unparsed, c.fragments, c.out, len(c.pong))
 			}
 		}
 		if n := r.buffers.budget.used(); n != 0 {

@@ -34,6 +34,10 @@ type frameHeader struct {
 
 func (h frameHeader) control() bool { return h.op >= opClose }
 
+// total is the size of the whole frame. It means nothing before the length has been
+// held against a limit.
+func (h frameHeader) total() int { return h.size + int(h.length) }
+
 // parseFrameHeader reads a header from the front of b. size is 0 while b is
 // too short. A header that breaks a rule is told as soon as the bytes that
 // break it are there, so that nobody waits for the rest of it.

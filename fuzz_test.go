@@ -182,12 +182,21 @@ func checkStream(t *testing.T, r *relay, stream []byte, random *rand.Rand) {
 	for rest := stream; len(rest) > 0; {
 		piece := slices.Clone(rest[:1+random.IntN(min(len(rest), 1+random.IntN(len(rest))))])
 		rest = rest[len(piece):]
-		feedPiece(p, b, piece, random.IntN(2) == 0)
-		b.flush()
-		for p.paused {
-			p.unpause(b.now)
-			p.receive(b, nil)
+		for shared := make([]byte, 1+random.IntN(8<<10)); len(piece) > 0; {
+			into := p.readInto(shared)
+			n := copy(into, piece)
+			piece = piece[n:]
+			p.receive(b, into[:n])
+			p.markAlive(b)
 			b.flush()
+			for i := range shared { // none of it may be kept
+				shared[i] = 0xaa
+			}
+			for p.paused {
+				p.unpause(b.now)
+				p.receive(b, nil)
+				b.flush()
+			}
 		}
 	}
 
@@ -210,26 +219,6 @@ func checkStream(t *testing.T, r *relay, stream []byte, random *rand.Rand) {
 	}
 	if n := r.buffers.budget.used(); n != 0 {
 		t.Errorf("%d bytes are charged after the end", n)
-	}
-}
-
-// feedPiece gives a connection what one read brought: into its own buffer as
-// the epoll loop does, or by copy as the goroutine poller does. The piece is
-// destroyed afterwards, since none of it may be kept.
-func feedPiece(p *streamPeer, b *writeBatch, piece []byte, direct bool) {
-	p.markAlive(b)
-	if direct {
-		if k := copy(p.want(), piece); k > 0 {
-			p.filled(b, k)
-			clear(piece[:k])
-			piece = piece[k:]
-		}
-	}
-	if len(piece) > 0 {
-		p.receive(b, piece)
-	}
-	for i := range piece {
-		piece[i] = 0xaa
 	}
 }
 

@@ -129,11 +129,12 @@ func (s *goSocket) read(first []byte) {
 			w.flush()
 			continue
 		}
-		n, err := s.nc.Read(buf)
+		into := c.readInto(buf)
+		n, err := s.nc.Read(into)
 		r.metrics.socketReads.Add(1)
 		w.now = r.now()
 		if n > 0 {
-			c.receive(w, buf[:n])
+			c.receive(w, into[:n])
 			c.markAlive(w)
 		}
 		if err != nil && !c.paused {

@@ -355,8 +355,8 @@ func (l *epollLoop) read(c *conn) {
 		if c.paused {
 			return
 		}
-		into := c.want()
-		n, err := recv(s.fd, into, l.buf)
+		into := c.readInto(l.buf)
+		n, err := recv(s.fd, into)
 		l.relay.metrics.socketReads.Add(1)
 		switch {
 		case err == syscall.EAGAIN:
@@ -367,16 +367,11 @@ func (l *epollLoop) read(c *conn) {
 			l.release(c, s)
 			return
 		}
-		if k := min(n, len(into)); k > 0 {
-			c.filled(w, k)
-		}
-		if n > len(into) {
-			c.receive(w, l.buf[:n-len(into)])
-		}
+		c.receive(w, into[:n])
 		c.markAlive(w)
 		// Less than there was room for: the socket is empty (epoll(7)), unless
 		// the end of the stream is behind it.
-		if n < len(into)+len(l.buf) && !s.hup {
+		if n < len(into) && !s.hup {
 			return
 		}
 	}

@@ -62,10 +62,17 @@ func (m *bufferPool) put(k *buffer) {
 	}
 }
 
-// grow returns a block with k's content and room for at least n bytes in all;
-// k is given back. It returns nil, and k stays, when the budget is spent.
+// grow returns a buffer with k's content, or empty for none, in room for at least n
+// bytes in all; k is given back. It returns nil, and k stays, when the budget is
+// spent.
 func (m *bufferPool) grow(k *buffer, n int, priority priority) *buffer {
-	if n <= len(k.b) {
+	switch {
+	case k == nil:
+		return m.get(n, priority)
+	case k.r+n <= len(k.b):
+		return k
+	case n <= len(k.b):
+		k.r, k.w = 0, copy(k.b, k.bytes())
 		return k
 	}
 	big := m.get(n, priority)

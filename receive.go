@@ -2,7 +2,7 @@ package main
 
 // ---- reading: everything here runs on the connection's reader ----
 
-// heard notes that the peer lives. It comes after what was heard has been
+// markAlive notes that the peer lives. It comes after what was heard has been
 // looked at: a binary that closes must not keep its own successor out.
 func (c *conn) markAlive(w *writeBatch) {
 	c.reads.Store(c.reads.Load() + 1)
@@ -11,51 +11,81 @@ func (c *conn) markAlive(w *writeBatch) {
 	}
 }
 
-// feed takes bytes as they came from the socket. data is not kept.
-func (c *conn) receive(w *writeBatch, data []byte) {
-	if k := c.unparsed; k != nil { // what a pause left comes first
-		c.unparsed = nil
-		c.readFrames(w, k.bytes())
-		c.relay.buffers.put(k)
+// readInto is where the poller reads next: shared, or the free room of unparsed
+// where more than half of shared is missing of the frame under way, so that large
+// frames are not copied. That room is never more than the frame still lacks.
+func (c *conn) readInto(shared []byte) []byte {
+	if c.unparsed == nil {
+		return shared
 	}
-	c.readFrames(w, data)
-	if c.partial == nil && c.msg == nil {
+	front := c.unparsed.bytes()
+	h, _ := parseFrameHeader(front)
+	lack := h.total() - len(front)
+	if min(lack, (growth-1)*len(front)) <= len(shared)/2 || !c.makeRoom(front, 0) {
+		return shared // where there is no memory, receive finds out and says so
+	}
+	k := c.unparsed
+	return k.b[k.w:min(k.w+lack, len(k.b))]
+}
+
+// receive takes what the poller has read: into readInto's bytes, or anywhere else.
+// Outside of unparsed p is not kept.
+func (c *conn) receive(w *writeBatch, p []byte) {
+	if k := c.unparsed; k != nil && k.room() > 0 && len(p) > 0 && &k.b[k.w] == &p[0] {
+		k.w += len(p)
+		p = nil
+	}
+	for c.unparsed != nil { // what came earlier comes first
+		k := c.unparsed
+		k.r += c.readFrames(w, k.bytes())
+		if k.r == k.w || c.ignoreInput {
+			c.relay.buffers.put(k)
+			c.unparsed = nil
+			break
+		}
+		if c.paused || len(p) == 0 {
+			break
+		}
+		lack := 1 // byte by byte until the header is whole
+		if h, _ := parseFrameHeader(k.bytes()); h.size > 0 {
+			lack = min(h.total()-len(k.bytes()), len(p))
+		}
+		c.keep(w, p[:lack])
+		p = p[lack:]
+	}
+	if c.unparsed == nil {
+		p = p[c.readFrames(w, p):]
+	}
+	if len(p) > 0 && !c.ignoreInput {
+		c.keep(w, p)
+	}
+	if c.unparsed == nil && c.fragments == nil {
 		c.messageStart.Store(0)
 	} else if c.messageStart.Load() == 0 {
 		c.messageStart.Store(w.now)
 	}
 }
 
-func (c *conn) readFrames(w *writeBatch, data []byte) {
-	for len(data) > 0 && !c.ignoreInput {
-		if c.paused {
-			c.keepRest(w, data)
-			return
-		}
-		if c.state.Load() >= uint32(connLinger) {
-			return
-		}
-		if c.partial != nil {
-			data = c.complete(w, data)
-			continue
-		}
-		h, violation := parseFrameHeader(data)
+// readFrames handles the whole frames at the front of p and returns how many bytes
+// they are. It stops at a pause, and for good at what breaks a rule.
+func (c *conn) readFrames(w *writeBatch, p []byte) (n int) {
+	for n < len(p) && !c.paused && !c.ignoreInput {
+		h, violation := parseFrameHeader(p[n:])
 		if violation = c.admit(h, violation); violation != endNone {
 			c.violation(w, violation)
-			return
+			break
 		}
-		if h.size == 0 || int64(len(data)) < int64(h.size)+h.length {
-			c.keep(w, data, h)
-			return
+		if h.size == 0 || len(p)-n < h.total() {
+			break
 		}
-		total := h.size + int(h.length)
-		c.frame(w, h, data[h.size:total])
-		data = data[total:]
+		c.frame(w, h, p[n+h.size:n+h.total()])
+		n += h.total()
 	}
+	return n
 }
 
-// admit checks what the header alone tells: order and size. fault is what is wrong
-// with the header itself.
+// admit checks what the header alone tells: order and size. violation is what is
+// wrong with the header itself.
 func (c *conn) admit(h frameHeader, violation closeReason) closeReason {
 	switch {
 	case violation == endUnmasked && h.op == opClose && c.proxied:
@@ -64,13 +94,13 @@ func (c *conn) admit(h frameHeader, violation closeReason) closeReason {
 		return violation
 	}
 	have := int64(0)
-	if c.msg != nil {
-		have = int64(c.msg.w)
+	if c.fragments != nil {
+		have = int64(c.fragments.w)
 	}
 	switch {
-	case h.op == opContinuation && c.msg == nil:
+	case h.op == opContinuation && c.fragments == nil:
 		return endStrayFragment
-	case h.op != opContinuation && c.msg != nil:
+	case h.op != opContinuation && c.fragments != nil:
 		return endInterleaved
 	case h.length > int64(c.relay.o.maxFrame)-have:
 		return endMessageTooBig
@@ -78,117 +108,35 @@ func (c *conn) admit(h frameHeader, violation closeReason) closeReason {
 	return endNone
 }
 
-// keep stores the beginning of a frame until the rest is there.
-func (c *conn) keep(w *writeBatch, data []byte, h frameHeader) {
-	k := c.relay.buffers.get(c.capacity(len(data), h), c.passing)
-	if k == nil {
+// keep appends p to the bytes that are not parsed yet.
+func (c *conn) keep(w *writeBatch, p []byte) {
+	front := p
+	if c.unparsed != nil {
+		front = c.unparsed.bytes()
+	}
+	if !c.makeRoom(front, len(p)) {
 		c.violation(w, endMemoryLimit)
 		return
 	}
-	k.w = copy(k.b, data)
-	c.partial = k
+	k := c.unparsed
+	k.w += copy(k.b[k.w:], p)
 }
 
-// capacity is how large a block a frame gets of which have bytes are there: it
-// grows with what has arrived, not with what the header announces.
-func (c *conn) capacity(have int, h frameHeader) int {
-	if h.size == 0 {
-		return maxFrameHeader
-	}
-	return int(min(int64(h.size)+h.length, 4*int64(max(have, 256))))
-}
-
-// want returns the free part of the buffer of an unfinished frame, for the
-// reader to read into: never more than the frame still lacks.
-func (c *conn) want() []byte {
-	if c.partial == nil || c.paused || c.ignoreInput {
-		return nil
-	}
-	h, _ := parseFrameHeader(c.partial.bytes())
-	if h.size == 0 {
-		return nil
-	}
-	total := h.size + int(h.length)
-	if c.partial.room() == 0 {
-		k := c.relay.buffers.grow(c.partial, c.capacity(c.partial.w, h), c.passing)
-		if k == nil {
-			return nil // feed will say so
-		}
-		c.partial = k
-	}
-	return c.partial.b[c.partial.w:min(total, len(c.partial.b))]
-}
-
-// filled takes note of n bytes read into want's buffer.
-func (c *conn) filled(w *writeBatch, n int) {
-	c.partial.w += n
-	h, _ := parseFrameHeader(c.partial.bytes())
-	if c.partial.w == h.size+int(h.length) {
-		c.finishFrame(w, h)
-	}
-	c.receive(w, nil)
-}
-
-// complete adds to an unfinished frame and returns what is left of data.
-func (c *conn) complete(w *writeBatch, data []byte) []byte {
-	for {
-		h, violation := parseFrameHeader(c.partial.bytes())
-		if violation = c.admit(h, violation); violation != endNone {
-			c.violation(w, violation)
-			return nil
-		}
-		lack := 1 // byte by byte until the header is whole
-		if h.size > 0 {
-			if lack = h.size + int(h.length) - c.partial.w; lack == 0 {
-				c.finishFrame(w, h)
-				return data
-			}
-		}
-		if len(data) == 0 {
-			return nil
-		}
-		lack = min(lack, len(data))
-		if c.partial.room() < lack {
-			k := c.relay.buffers.grow(c.partial, max(c.partial.w+lack, c.capacity(c.partial.w, h)), c.passing)
-			if k == nil {
-				c.violation(w, endMemoryLimit)
-				return nil
-			}
-			c.partial = k
-		}
-		c.partial.w += copy(c.partial.b[c.partial.w:], data[:lack])
-		data = data[lack:]
-	}
-}
-
-func (c *conn) finishFrame(w *writeBatch, h frameHeader) {
-	k := c.partial
-	c.partial = nil
-	c.frame(w, h, k.b[h.size:k.w])
-	c.relay.buffers.put(k)
-}
-
-// keepRest stores bytes that a pause keeps from being looked at.
-func (c *conn) keepRest(w *writeBatch, data []byte) {
-	if len(data) == 0 {
-		return
-	}
-	have := 0
+// makeRoom makes room in unparsed for n bytes more, and for the rest of the frame
+// that begins with front, as far as that is within growth times what has arrived:
+// what a header announces alone takes no memory.
+func (c *conn) makeRoom(front []byte, n int) bool {
 	if c.unparsed != nil {
-		have = c.unparsed.w
+		n += len(front)
 	}
-	var k *buffer
-	if c.unparsed != nil {
-		k = c.relay.buffers.grow(c.unparsed, have+len(data), c.passing)
-	} else {
-		k = c.relay.buffers.get(len(data), c.passing)
+	if h, _ := parseFrameHeader(front); h.size > 0 {
+		n = max(n, min(h.total(), growth*max(n, 256)))
 	}
-	if k == nil {
-		c.violation(w, endMemoryLimit)
-		return
+	k := c.relay.buffers.grow(c.unparsed, n, c.passing)
+	if k != nil {
+		c.unparsed = k
 	}
-	k.w += copy(k.b[k.w:], data)
-	c.unparsed = k
+	return k != nil
 }
 
 // frame takes a whole frame whose header was admitted.
@@ -196,7 +144,7 @@ func (c *conn) frame(w *writeBatch, h frameHeader, p []byte) {
 	unmask(p, h.key)
 	if h.control() {
 		c.control(w, h.op, p)
-		if c.msg == nil {
+		if c.fragments == nil {
 			c.messageStart.Store(0) // what may follow begins now
 		}
 		return
@@ -205,18 +153,18 @@ func (c *conn) frame(w *writeBatch, h frameHeader, p []byte) {
 	case !c.is(connOpen):
 		// After a close frame of ours nothing of the peer counts but its answer.
 		c.dropMessage()
-	case h.fin && c.msg == nil:
+	case h.fin && c.fragments == nil:
 		c.handleMessage(w, h.op, p)
 	default:
-		if c.msg == nil {
-			c.msgOp = h.op
+		if c.fragments == nil {
+			c.messageOp = h.op
 		}
 		if !c.assemble(p) {
 			c.violation(w, endMemoryLimit)
 		} else if h.fin {
-			k := c.msg
-			c.msg = nil
-			c.handleMessage(w, c.msgOp, k.bytes())
+			k := c.fragments
+			c.fragments = nil
+			c.handleMessage(w, c.messageOp, k.bytes())
 			c.relay.buffers.put(k)
 		}
 	}
@@ -225,27 +173,27 @@ func (c *conn) frame(w *writeBatch, h frameHeader, p []byte) {
 // assemble appends a fragment to the message under way.
 func (c *conn) assemble(p []byte) bool {
 	m := &c.relay.buffers
-	if c.msg == nil {
+	if c.fragments == nil {
 		// One byte at least: an empty first fragment opens a message too.
-		if c.msg = m.get(max(len(p), 1), c.passing); c.msg == nil {
+		if c.fragments = m.get(max(len(p), 1), c.passing); c.fragments == nil {
 			return false
 		}
 	}
-	if need := c.msg.w + len(p); need > len(c.msg.b) {
-		k := m.grow(c.msg, min(max(need, 2*len(c.msg.b)), c.relay.o.maxFrame), c.passing)
+	if need := c.fragments.w + len(p); need > len(c.fragments.b) {
+		k := m.grow(c.fragments, min(max(need, 2*len(c.fragments.b)), c.relay.o.maxFrame), c.passing)
 		if k == nil {
 			return false
 		}
-		c.msg = k
+		c.fragments = k
 	}
-	c.msg.w += copy(c.msg.b[c.msg.w:], p)
+	c.fragments.w += copy(c.fragments.b[c.fragments.w:], p)
 	return true
 }
 
 func (c *conn) dropMessage() {
-	if c.msg != nil {
-		c.relay.buffers.put(c.msg)
-		c.msg = nil
+	if c.fragments != nil {
+		c.relay.buffers.put(c.fragments)
+		c.fragments = nil
 	}
 }
 
@@ -308,7 +256,7 @@ func (c *conn) lost(w *writeBatch) {
 func (c *conn) release(w *writeBatch) {
 	c.lost(w)
 	m := &c.relay.buffers
-	for _, k := range [...]**buffer{&c.partial, &c.msg, &c.unparsed} {
+	for _, k := range [...]**buffer{&c.unparsed, &c.fragments} {
 		if *k != nil {
 			m.put(*k)
 			*k = nil

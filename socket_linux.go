@@ -11,7 +11,7 @@ import (
 )
 
 // The system calls on a session's socket. They are those of sockets (recvfrom,
-// sendto, recvmsg, sendmsg), not those of files (readv, writev), which touch the
+// sendto, sendmsg), not those of files (readv, writev), which touch the
 // socket's inode as well: with 8,000 phones, whose inodes are in no cache, a
 // frame cost a fifth more. None of them blocks, so Go's scheduler is not told.
 
@@ -70,21 +70,9 @@ func takeSocket(nc *net.TCPConn) (int, error) {
 	return fd, err
 }
 
-// recv reads into a, then b.
-func recv(fd int, a, b []byte) (int, error) {
-	const flags = syscall.MSG_DONTWAIT
-	var n uintptr
-	var errno syscall.Errno
-	if len(a) == 0 {
-		n, _, errno = syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), flags, 0, 0)
-	} else {
-		iov := [2]syscall.Iovec{{Base: unsafe.SliceData(a)}, {Base: unsafe.SliceData(b)}}
-		iov[0].SetLen(len(a))
-		iov[1].SetLen(len(b))
-		m := syscall.Msghdr{Iov: &iov[0]}
-		setCount(&m.Iovlen, len(iov))
-		n, _, errno = syscall.RawSyscall(syscall.SYS_RECVMSG, uintptr(fd), uintptr(unsafe.Pointer(&m)), flags)
-	}
+// recv reads into p.
+func recv(fd int, p []byte) (int, error) {
+	n, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), syscall.MSG_DONTWAIT, 0, 0)
 	if errno != 0 {
 		return 0, errno
 	}
