@@ -258,7 +258,7 @@ func TestSlowBinary(t *testing.T) {
 				}
 			})
 		}
-		server := r.registry.members(roleBinary)[0]
+		server := &r.holder("slow").conn
 		r.settle("every phone waits for the binary", func() bool {
 			server.mu.Lock()
 			defer server.mu.Unlock()

@@ -2,7 +2,7 @@ package main
 
 import (
 	"context"
-	"fmt"
+	"math"
 	"time"
 )
 
@@ -71,8 +71,10 @@ func (r *relay) drain(ctx context.Context) {
 	}
 	goodbye := func(role role) {
 		w := r.newBatch()
-		for _, c := range r.registry.members(role) {
-			c.end(w, endShutdown)
+		for _, s := range r.everySession(nil) {
+			if s.role == role {
+				s.end(w, endShutdown)
+			}
 		}
 		w.flush()
 	}
@@ -80,22 +82,18 @@ func (r *relay) drain(ctx context.Context) {
 	r.await(ctx, roleBinary, func() { goodbye(rolePhone); goodbye(roleBinary) })
 	for _, role := range [...]role{rolePhone, roleBinary} {
 		r.await(context.Background(), role, func() {
-			if ctx.Err() == nil {
-				return // still in time: a phone's answer may be on its way
-			}
-			r.fallback.abortAll()
-			for _, p := range r.loops {
-				p.abortAll()
+			if ctx.Err() != nil { // else a phone's answer may be on its way
+				r.abortAll()
 			}
 		})
 	}
-	r.registry.clear()
+	close(r.quit)
+	<-r.swept
+	r.registry.expire(r.newBatch(), math.MaxInt64)
 	for _, p := range r.loops {
 		p.stop()
 	}
 	r.fallback.stop()
-	r.trimmer.stop()
-	r.clock.stop()
 }
 
 // await calls nudge, and again a few times a second for those who were between
@@ -115,21 +113,4 @@ func (r *relay) await(ctx context.Context, role role, nudge func()) {
 			}
 		}
 	}
-}
-
-// check recounts the relay's state and names the first invariant that does not
-// hold. It is exact only while no connection comes or goes.
-func (r *relay) check() error {
-	if err := r.registry.check(); err != nil {
-		return err
-	}
-	r.mu.Lock()
-	live := r.live[roleBinary] + r.live[rolePhone]
-	r.mu.Unlock()
-	if live == 0 {
-		if n := r.buffers.budget.used(); n != 0 {
-			return fmt.Errorf("no connection is left and %d bytes are queued", n)
-		}
-	}
-	return nil
 }

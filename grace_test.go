@@ -1,66 +1,54 @@
 package main
 
 import (
-	"container/list"
 	"fmt"
 	"slices"
+	"strings"
 	"testing"
-	"testing/synctest"
 	"time"
 )
 
-// Each grace ends when its own time is over, to the nanosecond, and those that
-// were cancelled do not. They end one after the other: ended has no lock.
-func TestGraces(t *testing.T) {
+// Each grace ends when its own time is over, and one whose claim is taken does not.
+func TestRegistryGracesEndInOrder(t *testing.T) {
 	t.Parallel()
-	synctest.Test(t, func(t *testing.T) {
-		start := time.Now()
-		var ended []string
-		s := graces{length: time.Minute, most: 1000, now: func() int64 { return int64(time.Since(start)) }}
-		s.expire = func(el *list.Element) {
-			ended = append(ended, fmt.Sprint(el.Value.(*grace).e.id, " at ", time.Since(start)))
+	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+		w := r.newBatch()
+		start := r.age()
+		held := map[string]*session{}
+		come := func(id string) { held[id], _ = memBinary(t, r.relay, id) }
+		leave := func(id string) {
+			w.now = r.now()
+			held[id].release(w)
+			w.flush()
 		}
-		begin := func(id string) *list.Element { return s.begin(&server{id: id}) }
-		first := begin("first")
-		begin("second")
-		time.Sleep(20 * time.Second)
-		third := begin("third")
-		time.Sleep(10 * time.Second)
-		begin("fourth")
-		s.cancel(first) // the timer is set for it
-		s.cancel(third)
-		s.cancel(third)
-		time.Sleep(10 * time.Minute)
-		begin("fifth")
-		time.Sleep(time.Minute)
-		synctest.Wait()
-		want := []string{"second at 1m0s", "fourth at 1m30s", "fifth at 11m30s"}
-		if !slices.Equal(ended, want) {
-			t.Errorf("got %q, want %q", ended, want)
+		for _, id := range []string{"1st", "2nd", "3rd", "4th"} {
+			come(id)
 		}
-		ended = nil
-		for range 1000 {
-			begin("many")
+		for _, step := range []struct {
+			at   time.Duration
+			do   func()
+			want string // the server-ids that are known a sweep later
+		}{
+			{0, func() { leave("1st"); leave("2nd") }, "1st 2nd 3rd 4th"},
+			{10 * time.Second, func() { leave("3rd"); come("1st") }, "1st 2nd 3rd 4th"},
+			{15 * time.Second, func() { leave("4th"); come("3rd"); leave("3rd") }, "1st 2nd 3rd 4th"},
+			{29 * time.Second, func() {}, "1st 2nd 3rd 4th"},
+			{30 * time.Second, func() { leave("1st") }, "1st 3rd 4th"},
+			{44 * time.Second, func() {}, "1st 3rd 4th"},
+			{45 * time.Second, func() {}, "1st"},
+			{59 * time.Second, func() {}, "1st"},
+			{60 * time.Second, func() {}, ""},
+		} {
+			time.Sleep(start + step.at - r.age())
+			step.do()
+			time.Sleep(mostLate + time.Millisecond)
+			var ids []string
+			r.registry.each(func(srv *server) { ids = append(ids, srv.id) })
+			slices.Sort(ids)
+			if got := strings.Join(ids, " "); got != step.want {
+				t.Errorf("after %v: %q are known, want %q", step.at, got, step.want)
+			}
 		}
-		time.Sleep(time.Minute)
-		synctest.Wait()
-		if len(ended) != 1000 {
-			t.Errorf("%d of 1000 ended", len(ended))
-		}
-		ended = nil
-		at := time.Since(start)
-		for range 1003 { // three are too many, and end early
-			begin("many")
-		}
-		time.Sleep(time.Minute)
-		synctest.Wait()
-		want = slices.Concat(slices.Repeat([]string{fmt.Sprint("many at ", at)}, 3),
-			slices.Repeat([]string{fmt.Sprint("many at ", at+time.Minute)}, 1000))
-		if !slices.Equal(ended, want) {
-			t.Errorf("of %d graces %d ended, want 3 at once: %q …", len(want), len(ended), ended[:min(5, len(ended))])
-		}
-		s.cancel(begin("last"))
-		s.stop()
 	})
 }
 
@@ -79,10 +67,10 @@ func TestGracesAreBounded(t *testing.T) {
 			if _, held := r.registry.servers.Load("oldest"); !held {
 				t.Fatalf("the oldest grace ended when there were %d, limit %d", i+1, most)
 			}
-			r.leaves(r.binary(fmt.Sprint("id-", i)))
-			eventually(t, "the grace that is too many is over", func() bool {
-				return r.metrics.binariesInGrace.Load() <= int64(most) && r.count(roleBinary) == 0
-			})
+			b := r.binary(fmt.Sprint("id-", i))
+			b.close(1000, "")
+			b.wantEnd(1000, "")
+			eventually(t, "its connection is gone", func() bool { return r.count(roleBinary) == 0 })
 		}
 		ph.wantEnd(4404, "grace expired")
 		wantAfter(t, "the end of the oldest grace", start, 0)

@@ -228,7 +228,7 @@ func TestMetricsQueuedBytes(t *testing.T) {
 		b.send(id, frame)
 	}
 	b.text(`{"conn_id":"` + id + `","frame":null,"close_code":4401}`)
-	r.cutOff()
+	r.abortAll()
 	eventually(t, "the queue is given back", func() bool { return queued() == 0 })
 }
 

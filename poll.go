@@ -1,17 +1,14 @@
 package main
 
 import (
-	"maps"
 	"net"
-	"slices"
 	"sync"
 	"time"
 )
 
 // The poller for every transport that Linux's epoll loop does not serve: other
 // systems, and connections that are not a bare TCP socket. One goroutine reads
-// a connection, another writes it while there is something to write, and one
-// sweeps them all. It keeps the same contract as the epoll loop, and because it
+// a connection, and another writes it while there is something to write. It keeps the same contract as the epoll loop, and because it
 // waits in nothing but the runtime, tests run it on a fake clock.
 
 const (
@@ -22,16 +19,11 @@ const (
 // goPoller owns the goroutines of its connections.
 type goPoller struct {
 	relay *relay
-	wg    sync.WaitGroup // readers, writers and the sweeper
-	quit  chan struct{}
-
-	mu    sync.Mutex // guards what follows
-	conns map[*conn]struct{}
-	swept bool // the sweeper runs
+	wg    sync.WaitGroup // readers and writers
 }
 
 func newGoPoller(r *relay) *goPoller {
-	return &goPoller{relay: r, quit: make(chan struct{}), conns: map[*conn]struct{}{}}
+	return &goPoller{relay: r}
 }
 
 func (p *goPoller) bind(c *conn, nc net.Conn) error {
@@ -42,40 +34,7 @@ func (p *goPoller) bind(c *conn, nc net.Conn) error {
 }
 
 // stop waits for the goroutines of connections that have all been ended.
-func (p *goPoller) stop() {
-	close(p.quit)
-	p.wg.Wait()
-}
-
-func (p *goPoller) sweep() {
-	defer p.wg.Done()
-	tick := time.NewTicker(time.Duration(p.relay.tick))
-	defer tick.Stop()
-	for {
-		select {
-		case <-p.quit:
-			return
-		case <-tick.C:
-		}
-		w := p.relay.newBatch()
-		for _, c := range p.snapshot() {
-			c.checkTimeouts(w)
-		}
-		w.flush()
-	}
-}
-
-func (p *goPoller) snapshot() []*conn {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return slices.Collect(maps.Keys(p.conns))
-}
-
-func (p *goPoller) abortAll() {
-	for _, c := range p.snapshot() {
-		c.abort()
-	}
-}
+func (p *goPoller) stop() { p.wg.Wait() }
 
 // goSocket moves the bytes of one connection with blocking calls.
 type goSocket struct {
@@ -95,16 +54,7 @@ type goSocket struct {
 }
 
 func (s *goSocket) attach(first []byte) {
-	p := s.poller
-	p.mu.Lock()
-	p.conns[s.c] = struct{}{}
-	if !p.swept {
-		p.swept = true
-		p.wg.Add(1)
-		go p.sweep()
-	}
-	p.mu.Unlock()
-	p.wg.Add(1)
+	s.poller.wg.Add(1)
 	go s.read(first)
 }
 
@@ -142,9 +92,6 @@ func (s *goSocket) read(first []byte) {
 		}
 		w.flush()
 	}
-	s.poller.mu.Lock()
-	delete(s.poller.conns, c)
-	s.poller.mu.Unlock()
 	c.release(w)
 	w.flush()
 	s.settle()

@@ -62,7 +62,6 @@ type epollLoop struct {
 
 	// Owned by the loop.
 	buf   []byte
-	alarm int64 // relay clock of the deadline that set has, 0 for none
 	told  []syscall.EpollEvent
 	n     int                // of told, by the last take
 	err   error              // of the last take
@@ -224,13 +223,12 @@ func (l *epollLoop) stop() {
 func (l *epollLoop) run() {
 	defer close(l.done)
 	w := &l.batch
-	nextTick := int64(0)
 	for {
-		wait, stop := l.patience(nextTick)
+		idle, stop := l.idle()
 		if stop {
 			return
 		}
-		n := l.wait(wait, nextTick)
+		n := l.wait(idle)
 		l.sleeping.Store(false)
 		l.share = min(max(1, roundReads/max(1, n+len(l.ready))), mostReads)
 		w.now = l.relay.now()
@@ -247,30 +245,16 @@ func (l *epollLoop) run() {
 		}
 		l.readOn()
 		w.flush()
-		if w.now >= nextTick {
-			l.each(func(c *conn) { c.checkTimeouts(w) })
-			w.flush()
-			nextTick = w.now + l.relay.tick
-		}
 	}
 }
 
-// wait takes what the epoll set has to tell, into told. Where that is nothing, it waits for
-// as many milliseconds as patience said, which end at nextTick.
-func (l *epollLoop) wait(ms int, nextTick int64) (n int) {
+// wait takes what the epoll set has to tell, into told, and waits for that if it may.
+func (l *epollLoop) wait(idle bool) (n int) {
 	l.n, l.err = 0, nil
-	switch {
-	case ms == 0:
-		l.take(0)
-	case ms < 0 && l.alarm != 0:
-		l.alarm = 0
-		l.set.SetReadDeadline(time.Time{})
-	case ms > 0 && l.alarm != nextTick:
-		l.alarm = nextTick
-		l.set.SetReadDeadline(time.Now().Add(time.Duration(ms) * time.Millisecond))
-	}
-	if ms != 0 {
+	if idle {
 		l.raw.Read(l.take)
+	} else {
+		l.take(0)
 	}
 	if l.err != nil && l.err != syscall.EINTR {
 		// Cannot happen with an epoll set of our own.
@@ -279,38 +263,15 @@ func (l *epollLoop) wait(ms int, nextTick int64) (n int) {
 	return max(l.n, 0)
 }
 
-// patience is how many milliseconds the loop may sleep.
-func (l *epollLoop) patience(nextTick int64) (ms int, stop bool) {
+// idle reports whether the loop has nothing left to do, and whether it is to end.
+func (l *epollLoop) idle() (idle, stop bool) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if l.live == 0 && l.stopping {
-		return 0, true
-	}
 	if len(l.inbox) > 0 || len(l.ready) > 0 {
-		return 0, false
+		return false, false
 	}
 	l.sleeping.Store(true)
-	if l.live == 0 {
-		return -1, false
-	}
-	return int(max(0, nextTick-l.relay.now())/1e6) + 1, false
-}
-
-func (l *epollLoop) abortAll() { l.each((*conn).abort) }
-
-// each calls do for every connection, without mu.
-func (l *epollLoop) each(do func(*conn)) {
-	var some [256]*conn
-	for from, n := 0, len(some); n == len(some); from += n {
-		l.mu.Lock()
-		n = copy(some[:], l.conns[min(from, len(l.conns)):])
-		l.mu.Unlock()
-		for _, c := range some[:n] {
-			if c != nil {
-				do(c)
-			}
-		}
-	}
+	return true, l.live == 0 && l.stopping
 }
 
 func (l *epollLoop) serve(ev *syscall.EpollEvent) {

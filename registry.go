@@ -21,10 +21,27 @@ import (
 type registry struct {
 	relay   *relay
 	servers sync.Map // server-id → *entry
-	graces  graces
 	recent  recentClaims
 	checks  atomic.Int64 // claims by the checks of other relays and by probes, among those in the gauges
+
+	graceMu sync.Mutex // guards what follows
+	graces  list.List  // of *grace, the next to end in front; one for each server in grace
 }
+
+// grace is how long a server-id stays its binary's after the connection ended. All
+// are equally long, so they end in the order in which they began.
+type grace struct {
+	srv *server
+	end int64 // relay clock
+}
+
+// gracesPerConnection bounds how many graces run at once, as a multiple of
+// -max-connections, beyond which the oldest ends early: binaries that come and go
+// under ever new server-ids would fill memory. All binaries may leave and come
+// back under other ids several times within one grace before the oldest of them
+// notices; a grace is half a KiB, so that all of them are half of what README
+// counts for the connections.
+const gracesPerConnection = 4
 
 // entry is a server-id that is held, or was until a moment ago.
 type server struct {
@@ -245,31 +262,57 @@ func (g *registry) release(w *writeBatch, b *session) {
 		return
 	}
 	srv.freed = w.now
-	g.count(srv, &g.relay.metrics.binariesInGrace, 1)
-	begun := g.graces.begin(srv)
-	srv.grace = begun
-	srv.mu.Unlock()
 	if srv.probe {
-		g.expire(begun)
+		g.forget(w, srv) // unlocks
+		return
 	}
+	g.graceMu.Lock()
+	srv.grace = g.graces.PushBack(&grace{srv, w.now + int64(g.relay.o.grace)})
+	g.graceMu.Unlock()
+	g.count(srv, &g.relay.metrics.binariesInGrace, 1)
+	srv.mu.Unlock()
+	g.expire(w, w.now)
 }
 
-// stopGrace ends e's grace before its time, e.mu held.
+// stopGrace ends srv's grace, srv.mu held.
 func (g *registry) stopGrace(srv *server) {
-	g.graces.cancel(srv.grace)
+	g.graceMu.Lock()
+	g.graces.Remove(srv.grace)
+	g.graceMu.Unlock()
 	srv.grace = nil
 	g.count(srv, &g.relay.metrics.binariesInGrace, -1)
 }
 
-// expire ends a grace whose time is over, unless the claim was taken again.
-func (g *registry) expire(over *list.Element) {
-	srv := over.Value.(*grace).e
-	srv.mu.Lock()
-	if srv.grace != over {
-		srv.mu.Unlock()
-		return
+// nextGrace takes the next grace that is over at now out of the line, nil for
+// none. Where there are too many the oldest is over.
+func (g *registry) nextGrace(now int64) *list.Element {
+	g.graceMu.Lock()
+	defer g.graceMu.Unlock()
+	el := g.graces.Front()
+	if el == nil || el.Value.(*grace).end > now && g.graces.Len() <= gracesPerConnection*g.relay.o.maxConnections {
+		return nil
 	}
-	g.stopGrace(srv)
+	g.graces.Remove(el)
+	return el
+}
+
+// expire ends the graces that are over at now, unless the claim was taken meanwhile.
+func (g *registry) expire(w *writeBatch, now int64) {
+	for over := g.nextGrace(now); over != nil; over = g.nextGrace(now) {
+		srv := over.Value.(*grace).srv
+		srv.mu.Lock()
+		if srv.grace == over {
+			g.stopGrace(srv)
+			g.forget(w, srv) // unlocks
+		} else {
+			srv.mu.Unlock()
+		}
+	}
+}
+
+// forget takes a server-id that nobody holds out of the registry, and closes its
+// phones. The caller holds srv.mu, and has it no longer afterwards.
+func (g *registry) forget(w *writeBatch, srv *server) {
 	srv.gone = true
 	g.servers.CompareAndDelete(srv.id, srv)
 	if !srv.probe {
@@ -282,11 +325,9 @@ func (g *registry) expire(over *list.Element) {
 		ph.letGo()
 	}
 	srv.mu.Unlock()
-	w := g.relay.newBatch()
 	for _, ph := range closing {
 		ph.end(w, endGraceExpired)
 	}
-	w.flush()
 }
 
 // join makes ph one of the phones of id. Where it is refused, text says more
@@ -323,12 +364,12 @@ func (g *registry) join(ph *session, id string) (refused closeReason, text strin
 func (g *registry) absent(id string) (closeReason, string) {
 	now := g.relay.now()
 	ago := func(since int64) time.Duration { return time.Duration(now - since).Round(time.Second) }
-	at, known, horizon := g.recent.last(id)
+	at, known, since := g.recent.last(id)
 	switch {
 	case known:
 		return endLastHeld, fmt.Sprintf("%s %v ago", endLastHeld, ago(at))
-	case horizon > 0:
-		return endNeverSeen, fmt.Sprintf("%s in the last %v", endNeverSeen, ago(horizon))
+	case since > 0:
+		return endNeverSeen, fmt.Sprintf("%s in the last %v", endNeverSeen, ago(since))
 	}
 	return endNeverSeen, fmt.Sprintf("%s since this relay started %v ago", endNeverSeen, ago(0))
 }
@@ -384,162 +425,38 @@ func (g *registry) count(srv *server, gauge *atomic.Int64, by int64) {
 	}
 }
 
-// each calls do for every entry, its lock held.
-func (g *registry) each(do func(*server)) {
-	g.servers.Range(func(_, v any) bool {
-		srv := v.(*server)
-		srv.mu.Lock()
-		defer srv.mu.Unlock()
-		if !srv.gone {
-			do(srv)
-		}
-		return true
-	})
-}
-
-// members lists the live connections of one leg.
-func (g *registry) members(role role) (all []*conn) {
-	g.each(func(srv *server) {
-		if role == roleBinary && srv.binary != nil {
-			for _, b := range srv.contenders { // first, or one of them would take the claim
-				all = append(all, &b.conn)
-			}
-			all = append(all, &srv.binary.conn)
-		}
-		if role == rolePhone {
-			for _, ph := range srv.phones {
-				all = append(all, &ph.conn)
-			}
-		}
-	})
-	return all
-}
-
-// clear forgets every claim. For the end of a drain, when no connection is left.
-func (g *registry) clear() {
-	g.each(func(srv *server) {
-		if srv.grace != nil {
-			g.stopGrace(srv)
-		}
-		srv.gone = true
-		g.servers.CompareAndDelete(srv.id, srv)
-	})
-	g.graces.stop()
-}
-
-// check recounts the registry against the gauges and names the first invariant
-// that does not hold. It is exact only while no connection comes or goes.
-func (g *registry) check() error {
-	m := g.relay.metrics
-	var err error
-	var binaries, grace, phones int64
-	fail := func(srv *server, format string, args ...any) {
-		if err == nil {
-			err = fmt.Errorf("entry %s: %s", srv.id, fmt.Sprintf(format, args...))
-		}
-	}
-	g.each(func(srv *server) {
-		if srv.binary != nil && srv.grace != nil {
-			fail(srv, "held and in grace at once")
-		}
-		if srv.binary == nil && srv.grace == nil {
-			fail(srv, "neither held nor in grace")
-		}
-		if srv.binary != nil && srv.binary.server != srv {
-			fail(srv, "its binary belongs to another entry")
-		}
-		if srv.binary == nil && len(srv.contenders) > 0 {
-			fail(srv, "%d contend for what nobody holds", len(srv.contenders))
-		}
-		for _, c := range srv.contenders {
-			if c.server != srv || c.contendsSince == 0 || c == srv.binary {
-				fail(srv, "contender %s belongs to another entry or holds this one", c.id)
-			}
-			if c.is(connClosed) {
-				fail(srv, "contender %s is closed and still in the line", c.id)
-			}
-		}
-		if len(srv.phones) > g.relay.o.maxPhones {
-			fail(srv, "%d phones, limit %d", len(srv.phones), g.relay.o.maxPhones)
-		}
-		for id, ph := range srv.phones {
-			if ph.id != id || ph.server != srv {
-				fail(srv, "phone %s stands under %s or belongs to another entry", ph.id, id)
-			}
-			if srv.binary != nil && ph.graceQueue != nil {
-				fail(srv, "phone %s holds frames back from a binary that is there", id)
-			}
-			if ph.is(connClosed) {
-				fail(srv, "phone %s is closed and still a member", id)
-			}
-		}
-		if srv.probe {
-			return
-		}
-		phones += int64(len(srv.phones))
-		if srv.binary != nil {
-			binaries++
-		} else {
-			grace++
-		}
-	})
-	if err != nil {
-		return err
-	}
-	for _, c := range [...]struct {
-		name         string
-		count, gauge int64
-	}{
-		{"connected binaries", binaries, m.connectedBinaries.Load()},
-		{"binaries in grace", grace, m.binariesInGrace.Load()},
-		{"connected phones", phones, m.connectedPhones.Load()},
-	} {
-		if c.count != c.gauge {
-			return fmt.Errorf("%s: %d in the registry, gauge says %d", c.name, c.count, c.gauge)
-		}
-	}
-	return nil
-}
-
-// history remembers when server-ids were last held, the newest ones.
+// recentClaims remembers when server-ids were last held.
 type recentClaims struct {
-	mu      sync.Mutex // guards what follows
-	at      map[string]int64
-	order   []string // a ring, oldest at next once it is full
-	next    int
-	horizon int64 // what ended after this is remembered; 0: everything
+	mu        sync.Mutex // guards what follows
+	at        map[string]int64
+	forgotten int64 // the latest claim that had to go, 0 while all are there
 }
 
-// historySize is how many ended claims are remembered: far more than one relay
-// serves, and 2 MiB at the most.
-const historySize = 8192
+// maxRecentClaims is far more than one relay serves, and 2 MiB at the most.
+const maxRecentClaims = 8192
 
-func (h *recentClaims) note(id string, at int64) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.at == nil {
-		h.at = map[string]int64{}
+func (c *recentClaims) note(id string, at int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.at == nil {
+		c.at = map[string]int64{}
 	}
-	if _, ok := h.at[id]; !ok {
+	if _, known := c.at[id]; !known {
 		// One as old as its claim would keep a page of memory whose rest has gone.
 		id = strings.Clone(id)
-		if len(h.order) < historySize {
-			h.order = append(h.order, id)
-		} else {
-			old := h.order[h.next]
-			h.horizon = max(h.horizon, h.at[old])
-			delete(h.at, old)
-			h.order[h.next] = id
-			h.next = (h.next + 1) % historySize
+		if len(c.at) >= maxRecentClaims {
+			old, _ := stalest(c.at, func(at int64) int64 { return at })
+			c.forgotten = max(c.forgotten, c.at[old])
+			delete(c.at, old)
 		}
 	}
-	h.at[id] = at
+	c.at[id] = at
 }
 
-// last tells when id was last held, and from when on claims are remembered.
-func (h *recentClaims) last(id string) (at int64, known bool, horizon int64) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	at, known = h.at[id]
-	return at, known, h.horizon
+// last tells when id was last held, and since when none has been forgotten.
+func (c *recentClaims) last(id string) (at int64, known bool, since int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	at, known = c.at[id]
+	return at, known, c.forgotten
 }

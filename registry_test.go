@@ -65,17 +65,24 @@ func TestWhichKindOf4404(t *testing.T) {
 	})
 }
 
-// The oldest of many claims are forgotten, and that shows in the wording.
-func TestHistoryForgets(t *testing.T) {
+// Of too many claims an old one is forgotten, and that shows in the wording.
+func TestRegistryForgetsClaims(t *testing.T) {
 	t.Parallel()
 	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
-		for i := range historySize + 1 {
-			r.registry.recent.note(fmt.Sprint(i), r.now())
+		recent := &r.registry.recent
+		for i := range maxRecentClaims + 1 {
+			recent.note(fmt.Sprint(i), r.now())
 			time.Sleep(time.Millisecond)
 		}
+		victim := -1
+		for i := range maxRecentClaims + 1 {
+			if _, known, _ := recent.last(fmt.Sprint(i)); !known {
+				victim = i
+			}
+		}
 		time.Sleep(time.Minute - r.age()%time.Second)
-		r.phone("0").wantEnd(4404, "server-id never seen in the last ")
-		r.phone("1").wantEnd(4404, "server-id last held ")
+		r.phone(fmt.Sprint(victim)).wantEnd(4404, "server-id never seen in the last ")
+		r.phone(fmt.Sprint(maxRecentClaims)).wantEnd(4404, "server-id last held ")
 	})
 }
 
@@ -307,4 +314,108 @@ func TestHeldFramesHaveALimit(t *testing.T) {
 			t.Error(err)
 		}
 	})
+}
+
+// each calls do for every entry, its lock held.
+func (g *registry) each(do func(*server)) {
+	g.servers.Range(func(_, v any) bool {
+		srv := v.(*server)
+		srv.mu.Lock()
+		defer srv.mu.Unlock()
+		if !srv.gone {
+			do(srv)
+		}
+		return true
+	})
+}
+
+// check recounts the registry against the gauges and names the first invariant
+// that does not hold. It is exact only while no connection comes or goes.
+func (g *registry) check() error {
+	m := g.relay.metrics
+	var err error
+	var binaries, grace, phones int64
+	fail := func(srv *server, format string, args ...any) {
+		if err == nil {
+			err = fmt.Errorf("entry %s: %s", srv.id, fmt.Sprintf(format, args...))
+		}
+	}
+	g.each(func(srv *server) {
+		if srv.binary != nil && srv.grace != nil {
+			fail(srv, "held and in grace at once")
+		}
+		if srv.binary == nil && srv.grace == nil {
+			fail(srv, "neither held nor in grace")
+		}
+		if srv.binary != nil && srv.binary.server != srv {
+			fail(srv, "its binary belongs to another entry")
+		}
+		if srv.binary == nil && len(srv.contenders) > 0 {
+			fail(srv, "%d contend for what nobody holds", len(srv.contenders))
+		}
+		for _, c := range srv.contenders {
+			if c.server != srv || c.contendsSince == 0 || c == srv.binary {
+				fail(srv, "contender %s belongs to another entry or holds this one", c.id)
+			}
+			if c.is(connClosed) {
+				fail(srv, "contender %s is closed and still in the line", c.id)
+			}
+		}
+		if len(srv.phones) > g.relay.o.maxPhones {
+			fail(srv, "%d phones, limit %d", len(srv.phones), g.relay.o.maxPhones)
+		}
+		for id, ph := range srv.phones {
+			if ph.id != id || ph.server != srv {
+				fail(srv, "phone %s stands under %s or belongs to another entry", ph.id, id)
+			}
+			if srv.binary != nil && ph.graceQueue != nil {
+				fail(srv, "phone %s holds frames back from a binary that is there", id)
+			}
+			if ph.is(connClosed) {
+				fail(srv, "phone %s is closed and still a member", id)
+			}
+		}
+		if srv.probe {
+			return
+		}
+		phones += int64(len(srv.phones))
+		if srv.binary != nil {
+			binaries++
+		} else {
+			grace++
+		}
+	})
+	if err != nil {
+		return err
+	}
+	for _, c := range [...]struct {
+		name         string
+		count, gauge int64
+	}{
+		{"connected binaries", binaries, m.connectedBinaries.Load()},
+		{"binaries in grace", grace, m.binariesInGrace.Load()},
+		{"connected phones", phones, m.connectedPhones.Load()},
+	} {
+		if c.count != c.gauge {
+			return fmt.Errorf("%s: %d in the registry, gauge says %d", c.name, c.count, c.gauge)
+		}
+	}
+	return nil
+}
+
+// check recounts the relay's state and names the first invariant that does not
+// hold. It is exact only while no connection comes or goes.
+func (r *relay) check() error {
+	if err := r.registry.check(); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	live := r.live[roleBinary] + r.live[rolePhone]
+	r.mu.Unlock()
+	if live == 0 {
+		if n := r.buffers.budget.used(); n != 0 {
+			return fmt.Errorf("no connection is left and %d bytes are queued", n)
+		}
+	}
+	return nil
 }

@@ -15,6 +15,8 @@ import (
 	"net/http"
 	"net/netip"
 	"runtime"
+	"runtime/debug"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -29,8 +31,6 @@ import (
 type poller interface {
 	// bind gives c a socket and takes nc over; c.sock.attach starts it.
 	bind(c *conn, nc net.Conn) error
-	// abortAll gives every attached connection up.
-	abortAll()
 	// stop ends the poller's goroutines, once its connections are gone.
 	stop()
 }
@@ -63,27 +63,32 @@ type relay struct {
 
 	registry registry
 	trimmer  trimmer
+	quit     chan struct{} // ends the sweep
+	swept    chan struct{} // it has ended
 
 	mu       sync.Mutex // guards what follows
 	draining bool
-	live     [roleCount]int // upgrades under way and connections not yet gone
-	left     chan struct{}  // one of them is gone
+	live     [roleCount]int        // upgrades under way and connections not yet gone
+	sessions map[*session]struct{} // being read
+	left     chan struct{}         // one of them is gone
 }
 
 // newRelay starts a relay, which serves until drain.
 func newRelay(o options, id identity, build buildVersion, instance *instanceState, probes *probeKeys, log *slog.Logger) (*relay, error) {
 	r := &relay{
 		o: o, id: id, build: build, log: log, instance: instance, probes: probes,
-		limits:  newLimits(o, time.Now),
-		seed:    maphash.MakeSeed(),
-		started: time.Now(),
-		clock:   newClock(),
-		tick:    int64(min(mostLate, o.ping/2, o.messageTimeout/2, o.writeTimeout/2, o.closeTimeout/2, o.challengeTimeout/2)),
-		left:    make(chan struct{}, 1),
+		limits:   newLimits(o, time.Now),
+		seed:     maphash.MakeSeed(),
+		started:  time.Now(),
+		clock:    clock{start: time.Now()},
+		tick:     int64(min(mostLate, o.ping/2, o.messageTimeout/2, o.writeTimeout/2, o.closeTimeout/2, o.challengeTimeout/2)),
+		left:     make(chan struct{}, 1),
+		quit:     make(chan struct{}),
+		swept:    make(chan struct{}),
+		sessions: map[*session]struct{}{},
 	}
 	r.buffers.budget = r.limits.budget
 	r.registry.relay = r
-	r.registry.graces = graces{length: o.grace, most: gracesPerConnection * o.maxConnections, now: r.now, expire: r.registry.expire}
 	r.metrics = newMetrics(id, build, instance, r.buffers.budget)
 	r.fallback = newGoPoller(r)
 	// One loop moves a million small frames a second; the other half of the
@@ -98,82 +103,129 @@ func newRelay(o options, id identity, build buildVersion, instance *instanceStat
 		}
 		r.loops = append(r.loops, l)
 	}
-	r.trimmer.start(o.grace, r.held)
-	r.clock.start(log)
+	go r.sweep()
 	return r, nil
 }
 
 // now is the relay clock: nanoseconds since the start without those in which the
 // relay stood still, never 0.
-func (r *relay) now() int64 { return r.clock.now() }
+func (r *relay) now() int64 {
+	now, _ := r.clock.read()
+	return now
+}
 
 // clock measures the time in which the process runs. Where a container's pause, a
 // debugger or a machine without a free processor stops it, what peers sent
 // meanwhile waits in the kernel, so no peer may be held to that time: every
-// deadline is on this clock, and moves by the stall.
+// deadline is on this clock, and moves by the stall. The sweep reads it regularly,
+// so that only a stall lets it go unread.
 type clock struct {
-	elapsed func() time.Duration // since the start, monotonic
-	quit    chan struct{}
-	done    chan struct{}
+	start time.Time
 
 	mu      sync.Mutex // guards what follows
-	last    int64      // elapsed at the last reading
+	last    int64      // nanoseconds from start to the last reading
 	stalled int64      // of which the process stood still
 }
 
-const (
-	// clockLook is how often the clock is read at the least.
-	clockLook = 500 * time.Millisecond
-	// stallFrom is the time between two readings that counts as a stall. Four
-	// looks are more than a busy machine misses.
-	stallFrom = 4 * clockLook
-)
+// stallFrom is the time between two readings that counts as a stall. Four sweeps
+// are more than a busy machine misses.
+const stallFrom = 4 * mostLate
 
-func newClock() clock {
-	start := time.Now()
-	return clock{elapsed: func() time.Duration { return time.Since(start) }, quit: make(chan struct{}), done: make(chan struct{})}
-}
-
-func (c *clock) now() int64 {
+func (c *clock) read() (now, stalled int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	at := int64(c.elapsed()) + 1
+	at := int64(time.Since(c.start)) + 1
 	if gap := at - c.last; gap >= int64(stallFrom) && c.last > 0 {
 		c.stalled += gap
 	}
 	c.last = at
-	return at - c.stalled
+	return at - c.stalled, c.stalled
 }
 
-// start reads the clock until stop, so that only a stall lets it go unread.
-func (c *clock) start(log *slog.Logger) { go c.run(log) }
-
-func (c *clock) run(log *slog.Logger) {
-	defer close(c.done)
-	look := time.NewTicker(clockLook)
-	defer look.Stop()
+// sweep looks, until the end of the drain, at what only time brings about:
+// timeouts, the ends of graces, and memory that a wave has left behind.
+func (r *relay) sweep() {
+	defer close(r.swept)
+	tick := time.NewTicker(time.Duration(r.tick))
+	defer tick.Stop()
+	w := r.newBatch()
+	var all []*session
 	told := int64(0)
 	for {
 		select {
-		case <-c.quit:
+		case <-r.quit:
 			return
-		case <-look.C:
+		case <-tick.C:
 		}
-		c.now()
-		c.mu.Lock()
-		stalled := c.stalled
-		c.mu.Unlock()
-		if stalled > told {
-			log.Warn("the relay stood still: every deadline is moved by that", "duration", time.Duration(stalled-told))
+		var stalled int64
+		if w.now, stalled = r.clock.read(); stalled > told {
+			r.log.Warn("the relay stood still: every deadline is moved by that", "duration", time.Duration(stalled-told))
 			told = stalled
+		}
+		all = r.everySession(all[:0])
+		for _, s := range all {
+			s.checkTimeouts(w)
+		}
+		clear(all)
+		r.registry.expire(w, w.now)
+		w.flush()
+		if r.trimmer.due(r.held()) {
+			runtime.GC() // pools of buffers let go at the second collection only
+			debug.FreeOSMemory()
 		}
 	}
 }
 
-// stop returns once nothing reads the clock regularly.
-func (c *clock) stop() {
-	close(c.quit)
-	<-c.done
+// everySession appends the sessions that are being read to all.
+func (r *relay) everySession(all []*session) []*session {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.AppendSeq(all, maps.Keys(r.sessions))
+}
+
+// abortAll gives every session up.
+func (r *relay) abortAll() {
+	for _, s := range r.everySession(nil) {
+		s.abort()
+	}
+}
+
+// trimmer tells when to give memory back to the system: when a wave has left, of
+// connections, or of bytes that waited for slow ones. Left alone, Go does it
+// minutes later, at the pace of collections that an idle relay does not have.
+type trimmer struct {
+	peak atomic.Int64 // of what was held since the last trim; written by the sweep
+}
+
+const (
+	// trimFrom is the smallest wave worth a collection: 256 sessions.
+	trimFrom = 1 << 20
+
+	// What held counts for a session, with what it took to come and go, for a
+	// connection that net/http serves, and for a server-id in grace.
+	sessionCost = 4 << 10
+	requestCost = 16 << 10
+	graceCost   = 512
+	// dailyBuffers is what buffers may come to and fall from without being a
+	// wave: a few fast streams.
+	dailyBuffers = 16 << 20
+)
+
+// held is how many bytes peers occupy, roughly.
+func (r *relay) held() int64 {
+	return int64(r.count(roleBinary)+r.count(rolePhone))*sessionCost + r.requests.Load()*requestCost +
+		r.metrics.binariesInGrace.Load()*graceCost + max(0, r.buffers.budget.used()-dailyBuffers)
+}
+
+// due reports whether what is held has halved since it was most.
+func (m *trimmer) due(held int64) bool {
+	peak := max(m.peak.Load(), held)
+	trim := peak >= trimFrom && held <= peak/2
+	if trim {
+		peak = held
+	}
+	m.peak.Store(peak)
+	return trim
 }
 
 // standing is this relay's, at this moment.
@@ -444,6 +496,9 @@ func (r *relay) begin(who caller, nc net.Conn, first, answer []byte) {
 		s.logConnected()
 	}
 	w.flush()
+	r.mu.Lock()
+	r.sessions[s] = struct{}{}
+	r.mu.Unlock()
 	s.sock.attach(first)
 }
 
@@ -641,5 +696,10 @@ func (s *session) closed(w *writeBatch) {
 			"frames_in", s.rxFrames, "bytes_in", s.rxBytes, "frames_out", txFrames, "bytes_out", txBytes,
 			"code", code, "reason", reason)
 	}
+	r.mu.Lock()
+	if delete(r.sessions, s); len(r.sessions) == 0 {
+		r.sessions = map[*session]struct{}{} // a map never shrinks
+	}
+	r.mu.Unlock()
 	r.leave(s.role)
 }

@@ -41,14 +41,6 @@ func (r *testRelay) ask(lines ...string) (resp *http.Response, body string) {
 	return resp, string(b)
 }
 
-// cutOff ends every connection without a word.
-func (r *testRelay) cutOff() {
-	r.fallback.abortAll()
-	for _, p := range r.loops {
-		p.abortAll()
-	}
-}
-
 func get(path string) []string {
 	return []string{"GET " + path + " HTTP/1.1", "Host: relay", "Connection: close"}
 }
@@ -208,7 +200,7 @@ func TestGates(t *testing.T) {
 				if got := r.metrics.upgrades[role][upgradeAccepted].Load() - before; got != 1 {
 					t.Errorf("%s: counted %d times", path, got)
 				}
-				r.settle("it is gone", func() bool { r.cutOff(); return r.count(role) == 0 })
+				r.settle("it is gone", func() bool { r.abortAll(); return r.count(role) == 0 })
 			}
 		}
 		r.mustDial("/v2/server", from(newcomer(), binaryHeaders("holder")))

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
@@ -328,25 +329,27 @@ func TestCloseHandshakeDeadline(t *testing.T) {
 // in which nobody could.
 func TestClockLeavesStallsOut(t *testing.T) {
 	t.Parallel()
-	var real time.Duration
-	c := clock{elapsed: func() time.Duration { return real }}
-	start := c.now()
-	for _, step := range []struct {
-		name       string
-		pass, want time.Duration // since the start
-	}{
-		{"a look", clockLook, clockLook},
-		{"a late look", stallFrom - 1, clockLook + stallFrom - 1},
-		{"a stall", 70 * time.Second, clockLook + stallFrom - 1},
-		{"and on", clockLook, 2*clockLook + stallFrom - 1},
-		{"another stall", time.Hour, 2*clockLook + stallFrom - 1},
-		{"and on", 1, 2*clockLook + stallFrom},
-	} {
-		real += step.pass
-		if got := time.Duration(c.now() - start); got != step.want {
-			t.Errorf("%s: %v since the start, want %v", step.name, got, step.want)
+	synctest.Test(t, func(t *testing.T) {
+		c := clock{start: time.Now()}
+		start, _ := c.read()
+		for _, step := range []struct {
+			name       string
+			pass, want time.Duration // since the start
+		}{
+			{"a look", mostLate, mostLate},
+			{"a late look", stallFrom - 1, mostLate + stallFrom - 1},
+			{"a stall", 70 * time.Second, mostLate + stallFrom - 1},
+			{"and on", mostLate, 2*mostLate + stallFrom - 1},
+			{"another stall", time.Hour, 2*mostLate + stallFrom - 1},
+			{"and on", 1, 2*mostLate + stallFrom},
+		} {
+			time.Sleep(step.pass)
+			now, _ := c.read()
+			if got := time.Duration(now - start); got != step.want {
+				t.Errorf("%s: %v since the start, want %v", step.name, got, step.want)
+			}
 		}
-	}
+	})
 }
 
 // A relay that stood still for longer than a deadline ends nobody: what its peers

@@ -3,68 +3,44 @@ package main
 import (
 	"runtime"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
 	"weak"
 )
 
-func TestTrimmerPlans(t *testing.T) {
+func TestTrimmerDue(t *testing.T) {
 	t.Parallel()
-	const grace, few, many = 30 * time.Second, trimFrom - 1, 4 * trimFrom
-	type step struct {
-		after time.Duration // since the step before
-		held  int64
-		trim  bool
+	const few, many = trimFrom - 1, 4 * trimFrom
+	type look struct {
+		held int64
+		trim bool
 	}
 	for _, c := range []struct {
 		name  string
-		steps []step
+		looks []look
 	}{
-		{"a small wave is not worth it", []step{{0, few, false}, {0, 0, false}, {time.Hour, 0, false}}},
-		{"a wave that stays", []step{{0, many, false}, {0, many/2 + 1, false}, {time.Hour, many/2 + 1, false}}},
-		{"after a wave, and after its grace", []step{
-			{0, many, false}, {0, many / 2, false},
-			{trimLook - 1, 0, false}, {1, 0, true},
-			{grace + trimLook - 1, 0, false}, {1, 0, true},
-			{time.Hour, 0, false},
-		}},
-		{"the rest of a wave does not put it off", []step{
-			{0, many, false}, {0, many / 2, false}, {trimLook / 2, many / 3, false}, {trimLook / 2, many / 4, true},
-		}},
-		{"a second wave in the first one's grace", []step{
-			{0, many, false}, {0, few, false}, {trimLook, few, true},
-			{trimLook, many, false}, {0, 0, false}, {trimLook, 0, true}, // in place of the one planned
-			{grace + trimLook - 1, 0, false}, {1, 0, true}, {time.Hour, 0, false},
-		}},
-		{"waves that come and go", []step{
-			{0, many, false}, {0, 0, false}, {trimLook / 3, many, false}, {0, 0, false}, {trimLook / 3, many, false}, {0, 0, false},
-			{trimLook/3 + 1, 0, true},
-		}},
-		{"what is left counts from anew", []step{
-			{0, many, false}, {0, many / 2, false}, {trimLook, many / 2, true}, {grace + trimLook, many / 2, true},
-			{0, many/4 + 1, false}, {trimLook, many/4 + 1, false}, {0, many / 4, false}, {trimLook, many / 4, true},
-		}},
+		{"a small wave is not worth it", []look{{few, false}, {0, false}, {0, false}}},
+		{"a wave that stays", []look{{many, false}, {many/2 + 1, false}, {many, false}}},
+		{"once for each half of a wave", []look{{many, false}, {many / 2, true}, {many / 2, false}, {many / 4, true}, {0, true}, {0, false}}},
+		{"all at once", []look{{many, false}, {0, true}, {0, false}}},
+		{"what is left counts from anew", []look{{many, false}, {many / 2, true}, {many/4 + 1, false}, {many, false}, {many/2 + 1, false}, {many / 2, true}}},
 	} {
-		t.Run(c.name, func(t *testing.T) {
-			t.Parallel()
-			m := trimmer{grace: grace}
-			now := time.Unix(1, 0)
-			for i, s := range c.steps {
-				now = now.Add(s.after)
-				if got := m.due(now, s.held); got != s.trim {
-					t.Fatalf("step %d: trim is %v, want %v", i, got, s.trim)
-				}
+		var m trimmer
+		for i, l := range c.looks {
+			if got := m.due(l.held); got != l.trim {
+				t.Errorf("%s: look %d: trim is %v, want %v", c.name, i, got, l.trim)
 			}
-		})
+		}
 	}
 }
 
 // What a wave is measured by: sessions, what net/http serves, and buffers.
 func TestHeld(t *testing.T) {
 	t.Parallel()
-	r := startRelay(t, testOptions())
+	o := testOptions()
+	o.grace = 0
+	r := startRelay(t, o)
 	for _, c := range []struct {
 		name string
 		come func() (leave func())
@@ -74,6 +50,10 @@ func TestHeld(t *testing.T) {
 			b := r.binary("held")
 			return func() { b.nc.Close() }
 		}, sessionCost},
+		{"a grace", func() func() {
+			r.metrics.binariesInGrace.Add(1)
+			return func() { r.metrics.binariesInGrace.Add(-1) }
+		}, graceCost},
 		{"a request", func() func() {
 			r.requests.Add(1)
 			return func() { r.requests.Add(-1) }
@@ -96,68 +76,38 @@ func TestHeld(t *testing.T) {
 
 var trimBallast [][]byte // on the heap, whatever the compiler finds out
 
-// trimAfter lets a wave of connections go, together with what it holds, and
-// returns after the first trim. The tests that use it are not parallel: others
-// collect garbage, too.
-func trimAfter(leave func()) {
-	var m trimmer
-	var held atomic.Int64
-	held.Store(trimFrom)
-	m.start(time.Hour, held.Load)
-	defer m.stop()
-	time.Sleep(trimLook)
-	synctest.Wait()
-	held.Store(0)
-	leave()
-	time.Sleep(2 * trimLook)
-	synctest.Wait()
-}
-
-// stop leaves nothing behind, though a trim is planned.
-func TestTrimmerStops(t *testing.T) {
-	forced := func() uint32 {
-		var m runtime.MemStats
-		runtime.ReadMemStats(&m)
-		return m.NumForcedGC
-	}
-	synctest.Test(t, func(t *testing.T) {
-		trimAfter(func() {}) // the next one is an hour away
-		before := forced()
-		time.Sleep(2 * time.Hour)
-		synctest.Wait()
-		if n := forced() - before; n != 0 {
-			t.Errorf("%d trims after stop", n)
-		}
-	})
-}
-
-// A trim gives what the wave has left back to the system.
-func TestTrimmerGivesBack(t *testing.T) {
+// The sweep gives what a wave has left back to the system, what it has left in pools
+// too. The test is not parallel: others collect garbage, too.
+func TestSweepGivesMemoryBack(t *testing.T) {
 	const size = 64 << 20
-	synctest.Test(t, func(t *testing.T) {
+	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+		var pool sync.Pool
+		kept := new([1 << 20]byte)
+		pooled := weak.Make(kept)
 		for range size >> 16 {
 			trimBallast = append(trimBallast, make([]byte, 1<<16))
 		}
+		r.requests.Add(trimFrom / requestCost)
+		time.Sleep(2 * mostLate)
+		synctest.Wait()
 		var full, trimmed runtime.MemStats
 		runtime.ReadMemStats(&full)
-		trimAfter(func() { trimBallast = nil })
+		trimBallast = nil
+		pool.Put(kept)
+		kept = nil
+		r.requests.Store(0)
+		time.Sleep(2 * mostLate)
+		synctest.Wait()
 		runtime.ReadMemStats(&trimmed)
 		ours := func(s *runtime.MemStats) uint64 { return s.HeapSys - s.HeapReleased }
 		if ours(&full) < size || ours(&trimmed) > ours(&full)-size*9/10 {
 			t.Errorf("held %d KiB of the system's memory, and %d KiB of it after a trim of %d KiB", ours(&full)>>10, ours(&trimmed)>>10, size>>10)
 		}
-	})
-}
-
-// Buffers that the wave has left in pools are given back with the first trim.
-func TestTrimmerEmptiesPools(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		var pool sync.Pool
-		kept := new([1 << 20]byte)
-		pooled := weak.Make(kept)
-		trimAfter(func() { pool.Put(kept) })
 		if pooled.Value() != nil {
 			t.Error("a pooled buffer outlived the trim")
+		}
+		if n := trimmed.NumForcedGC - full.NumForcedGC; n < 1 || n > 2 {
+			t.Errorf("%d collections for one wave", n)
 		}
 		runtime.KeepAlive(&pool)
 	})
