@@ -2,6 +2,7 @@ package main
 
 import (
 	"errors"
+	"math/rand/v2"
 	"net/netip"
 	"sync"
 	"sync/atomic"
@@ -185,7 +186,7 @@ func (c *conn) init(r *relay, owner handler, role role, addr netip.Addr) {
 		c.passing = priorityBinary
 	}
 	// Connections that come in a wave, as after a restart, are not pinged in one.
-	c.pingAt = c.opened + int64(r.o.ping)/2 + r.jitter(int64(r.o.ping)/2)
+	c.pingAt = c.opened + int64(r.o.ping)/2 + rand.Int64N(max(int64(r.o.ping)/2, 1))
 }
 
 // pause keeps the reader from this connection until somebody calls resume on

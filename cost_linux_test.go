@@ -125,7 +125,7 @@ func TestWavesAreGivenBack(t *testing.T) {
 		for i := range clients {
 			clients[i] = dialBare(t, r.addr, "/v2/client", "server", "")
 		}
-		eventually(t, "the wave is noticed", func() bool { return r.trimmer.peak.Load() > phones*sessionCost })
+		eventually(t, "the wave is noticed", func() bool { return r.peak.Load() > phones*sessionCost })
 		top := ownedMemory()
 		for _, c := range clients {
 			syscall.Close(int(c))

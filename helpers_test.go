@@ -678,7 +678,7 @@ func memBinary(t testing.TB, r *relay, id string) (*session, *memSocket) {
 	t.Helper()
 	b, m := newSession(r, caller{role: roleBinary, addr: memAddr}, newConnID()), &memSocket{}
 	b.sock = m
-	if !r.enter(roleBinary) || !r.limits.acquireConn() {
+	if r.enter(roleBinary) != nil {
 		t.Fatal("the relay is draining or full")
 	}
 	w := r.newBatch()
@@ -694,7 +694,7 @@ func memPhone(t testing.TB, r *relay, id, connID string) (*session, *memSocket) 
 	t.Helper()
 	ph, m := newSession(r, caller{role: rolePhone, addr: memAddr}, connID), &memSocket{}
 	ph.sock = m
-	if !r.enter(rolePhone) || !r.limits.acquireConn() {
+	if r.enter(rolePhone) != nil {
 		t.Fatal("the relay is draining or full")
 	}
 	if refused, text := r.registry.join(ph, id); refused != endNone {

@@ -101,9 +101,6 @@ func (m *metrics) text() []byte {
 	return e.b.Bytes()
 }
 
-// endpointWords name the endpoints as a label.
-var endpointWords = [roleCount]string{roleBinary: "server", rolePhone: "client"}
-
 func truth(b bool) int64 {
 	if b {
 		return 1

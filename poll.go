@@ -16,6 +16,14 @@ const (
 	goWriteSize = 64 << 10 // bytes a writer holds, as a kernel's send buffer would
 )
 
+// poller moves the bytes of the connections bound to it.
+type poller interface {
+	// bind gives c a socket and takes nc over; c.sock.attach starts it.
+	bind(c *conn, nc net.Conn) error
+	// stop ends the poller's goroutines, once its connections are gone.
+	stop()
+}
+
 // goPoller owns the goroutines of its connections.
 type goPoller struct {
 	relay *relay

@@ -1,19 +1,23 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"crypto/rand"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/maphash"
 	"io"
 	"log/slog"
 	"maps"
-	mrand "math/rand/v2"
+	"math"
 	"net"
 	"net/http"
 	"net/netip"
+	"net/url"
+	"regexp"
 	"runtime"
 	"runtime/debug"
 	"slices"
@@ -22,22 +26,14 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"golang.org/x/net/websocket"
 )
 
-// The relay: what the public listener serves. Read from ServeHTTP down it is
-// the protocol in order: the gates before an upgrade, then the two sessions.
-
-// poller moves the bytes of the connections bound to it.
-type poller interface {
-	// bind gives c a socket and takes nc over; c.sock.attach starts it.
-	bind(c *conn, nc net.Conn) error
-	// stop ends the poller's goroutines, once its connections are gone.
-	stop()
-}
-
-// mostLate is how late a timeout may be noticed: ten sweeps in the shortest of
-// the contract's.
-const mostLate = 500 * time.Millisecond
+// The relay: what the public listener serves. Read from ServeHTTP down it is the
+// protocol in order: the pages, the gates before an upgrade, the upgrade, the
+// sessions of binaries and phones and how a message passes between them, then
+// what time brings about, and the end.
 
 type relay struct {
 	// Set at the start.
@@ -54,23 +50,22 @@ type relay struct {
 	fallback *goPoller
 	seed     maphash.Seed
 	started  time.Time
-	clock    clock
-	tick     int64 // nanoseconds between two looks at a connection's timeouts
-	refusals logGate
-	ignored  untrusted
-	drops    logGate
-	requests atomic.Int64 // connections that net/http serves
-
 	registry registry
-	trimmer  trimmer
+
+	clock    clock
+	refusals logGate
+	drops    logGate
+	ignored  untrusted
+	requests atomic.Int64  // connections that net/http serves
+	peak     atomic.Int64  // what peers held at most since memory was given back; written by the sweep
 	quit     chan struct{} // ends the sweep
-	swept    chan struct{} // it has ended
+	swept    chan struct{} // the sweep has ended
 
 	mu       sync.Mutex // guards what follows
 	draining bool
-	live     [roleCount]int        // upgrades under way and connections not yet gone
-	sessions map[*session]struct{} // being read
-	left     chan struct{}         // one of them is gone
+	live     [roleCount]int        // upgrades under way and connections that are not closed
+	sessions map[*session]struct{} // of these, the ones that are being read
+	empty    chan struct{}         // a role has no connection left; only while draining
 }
 
 // newRelay starts a relay, which serves until drain.
@@ -81,11 +76,10 @@ func newRelay(o options, id identity, build buildVersion, instance *instanceStat
 		seed:     maphash.MakeSeed(),
 		started:  time.Now(),
 		clock:    clock{start: time.Now()},
-		tick:     int64(min(mostLate, o.ping/2, o.messageTimeout/2, o.writeTimeout/2, o.closeTimeout/2, o.challengeTimeout/2)),
-		left:     make(chan struct{}, 1),
 		quit:     make(chan struct{}),
 		swept:    make(chan struct{}),
 		sessions: map[*session]struct{}{},
+		empty:    make(chan struct{}, 1),
 	}
 	r.buffers.budget = r.limits.budget
 	r.registry.relay = r
@@ -107,125 +101,12 @@ func newRelay(o options, id identity, build buildVersion, instance *instanceStat
 	return r, nil
 }
 
-// now is the relay clock: nanoseconds since the start without those in which the
-// relay stood still, never 0.
-func (r *relay) now() int64 {
-	now, _ := r.clock.read()
-	return now
-}
+func (r *relay) newBatch() *writeBatch { return &writeBatch{relay: r, now: r.now()} }
 
-// clock measures the time in which the process runs. Where a container's pause, a
-// debugger or a machine without a free processor stops it, what peers sent
-// meanwhile waits in the kernel, so no peer may be held to that time: every
-// deadline is on this clock, and moves by the stall. The sweep reads it regularly,
-// so that only a stall lets it go unread.
-type clock struct {
-	start time.Time
-
-	mu      sync.Mutex // guards what follows
-	last    int64      // nanoseconds from start to the last reading
-	stalled int64      // of which the process stood still
-}
-
-// stallFrom is the time between two readings that counts as a stall. Four sweeps
-// are more than a busy machine misses.
-const stallFrom = 4 * mostLate
-
-func (c *clock) read() (now, stalled int64) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	at := int64(time.Since(c.start)) + 1
-	if gap := at - c.last; gap >= int64(stallFrom) && c.last > 0 {
-		c.stalled += gap
-	}
-	c.last = at
-	return at - c.stalled, c.stalled
-}
-
-// sweep looks, until the end of the drain, at what only time brings about:
-// timeouts, the ends of graces, and memory that a wave has left behind.
-func (r *relay) sweep() {
-	defer close(r.swept)
-	tick := time.NewTicker(time.Duration(r.tick))
-	defer tick.Stop()
-	w := r.newBatch()
-	var all []*session
-	told := int64(0)
-	for {
-		select {
-		case <-r.quit:
-			return
-		case <-tick.C:
-		}
-		var stalled int64
-		if w.now, stalled = r.clock.read(); stalled > told {
-			r.log.Warn("the relay stood still: every deadline is moved by that", "duration", time.Duration(stalled-told))
-			told = stalled
-		}
-		all = r.everySession(all[:0])
-		for _, s := range all {
-			s.checkTimeouts(w)
-		}
-		clear(all)
-		r.registry.expire(w, w.now)
-		w.flush()
-		if r.trimmer.due(r.held()) {
-			runtime.GC() // pools of buffers let go at the second collection only
-			debug.FreeOSMemory()
-		}
-	}
-}
-
-// everySession appends the sessions that are being read to all.
-func (r *relay) everySession(all []*session) []*session {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return slices.AppendSeq(all, maps.Keys(r.sessions))
-}
-
-// abortAll gives every session up.
-func (r *relay) abortAll() {
-	for _, s := range r.everySession(nil) {
-		s.abort()
-	}
-}
-
-// trimmer tells when to give memory back to the system: when a wave has left, of
-// connections, or of bytes that waited for slow ones. Left alone, Go does it
-// minutes later, at the pace of collections that an idle relay does not have.
-type trimmer struct {
-	peak atomic.Int64 // of what was held since the last trim; written by the sweep
-}
-
-const (
-	// trimFrom is the smallest wave worth a collection: 256 sessions.
-	trimFrom = 1 << 20
-
-	// What held counts for a session, with what it took to come and go, for a
-	// connection that net/http serves, and for a server-id in grace.
-	sessionCost = 4 << 10
-	requestCost = 16 << 10
-	graceCost   = 512
-	// dailyBuffers is what buffers may come to and fall from without being a
-	// wave: a few fast streams.
-	dailyBuffers = 16 << 20
-)
-
-// held is how many bytes peers occupy, roughly.
-func (r *relay) held() int64 {
-	return int64(r.count(roleBinary)+r.count(rolePhone))*sessionCost + r.requests.Load()*requestCost +
-		r.metrics.binariesInGrace.Load()*graceCost + max(0, r.buffers.budget.used()-dailyBuffers)
-}
-
-// due reports whether what is held has halved since it was most.
-func (m *trimmer) due(held int64) bool {
-	peak := max(m.peak.Load(), held)
-	trim := peak >= trimFrom && held <= peak/2
-	if trim {
-		peak = held
-	}
-	m.peak.Store(peak)
-	return trim
+// loop chooses the poller of a server-id: a binary and its phones share one, so
+// that frames between them never change processors.
+func (r *relay) loop(serverID string) poller {
+	return r.loops[maphash.String(r.seed, serverID)%uint64(len(r.loops))]
 }
 
 // standing is this relay's, at this moment.
@@ -240,18 +121,10 @@ func (r *relay) greeting() http.Header {
 	return http.Header{instanceHeader: {r.id.String()}, standingHeader: {r.standing().String()}}
 }
 
-// jitter is a random share of n.
-func (r *relay) jitter(n int64) int64 { return mrand.Int64N(max(n, 1)) }
+// ---- pages ----
 
-func (r *relay) newBatch() *writeBatch { return &writeBatch{relay: r, now: r.now()} }
-
-// loop chooses the poller of a server-id: a binary and its phones share one, so
-// that frames between them never change processors.
-func (r *relay) loop(serverID string) poller {
-	return r.loops[maphash.String(r.seed, serverID)%uint64(len(r.loops))]
-}
-
-// ---- HTTP ----
+// endpointWords name the WebSocket endpoints, in paths and in metrics.
+var endpointWords = [roleCount]string{roleBinary: "server", rolePhone: "client"}
 
 func (r *relay) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 	// No answer is for later: a proxy that keeps one would show the identity of a
@@ -268,7 +141,11 @@ func (r *relay) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 	case "/healthz":
 		r.health(w)
 	case "/readyz":
-		r.ready(w)
+		if r.isDraining() {
+			http.Error(w, "draining", http.StatusServiceUnavailable)
+			return
+		}
+		io.WriteString(w, "ready\n")
 	case "/":
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 		io.WriteString(w, "pyrycode-relay: connects phones to coding agents at home.\n"+
@@ -298,13 +175,7 @@ func (r *relay) health(w http.ResponseWriter) {
 	})
 }
 
-func (r *relay) ready(w http.ResponseWriter) {
-	if r.isDraining() {
-		http.Error(w, "draining", http.StatusServiceUnavailable)
-		return
-	}
-	io.WriteString(w, "ready\n")
-}
+// ---- gates ----
 
 // caller is what an upgrade request tells of its sender.
 type caller struct {
@@ -315,11 +186,28 @@ type caller struct {
 	probe    bool // the relay itself, through its public name
 }
 
+// refusal is an HTTP answer in place of a 101. Its text is for a person.
+type refusal struct {
+	status  int
+	outcome upgradeOutcome
+	text    string
+	wait    time.Duration // of a 429 or 503: when to ask again
+}
+
 // serve takes a request on a WebSocket endpoint through the gates and into its
 // session.
 func (r *relay) serve(w http.ResponseWriter, q *http.Request, role role) {
-	who, refused := r.gates(q, role)
-	if refused != nil {
+	who := caller{
+		role: role, serverID: q.Header.Get("X-Pyrycode-Server"),
+		addr: clientAddr(q, r.o.trustedProxies), proxied: within(peerAddr(q), r.o.trustedProxies),
+	}
+	if token := q.Header.Get(probeHeader); token != "" {
+		who.probe = r.probes.valid(who.serverID, token)
+	}
+	if r.ignored.first(q, r.o.trustedProxies) {
+		r.log.Warn(fmt.Sprintf("X-Forwarded-For from %s ignored: it is not in -trusted-proxies; all who come through it share one rate limit", who.addr))
+	}
+	if refused := r.gates(q, who); refused != nil {
 		r.refuse(w, who, refused)
 		return
 	}
@@ -333,79 +221,125 @@ func (r *relay) serve(w http.ResponseWriter, q *http.Request, role role) {
 	r.begin(who, nc, first, answer)
 }
 
-// gates are what stands before an upgrade, in the contract's order. Whoever
-// passes has to leave.
-func (r *relay) gates(q *http.Request, role role) (who caller, refused *refusal) {
-	who.role = role
-	who.serverID = q.Header.Get("X-Pyrycode-Server")
-	who.addr = clientAddr(q, r.o.trustedProxies)
-	who.proxied = within(peerAddr(q), r.o.trustedProxies)
-	if r.ignored.first(q, r.o.trustedProxies) {
-		r.log.Warn(fmt.Sprintf("X-Forwarded-For from %s ignored: it is not in -trusted-proxies; all who come through it share one rate limit", who.addr))
+// gates are what stands before an upgrade, in the contract's order. A request that
+// passes them is counted until leave.
+func (r *relay) gates(q *http.Request, who caller) *refusal {
+	if r.isDraining() {
+		return &refusedDraining
 	}
-	if token := q.Header.Get(probeHeader); token != "" {
-		who.probe = r.probes.valid(who.serverID, token)
-	}
-	if !r.enter(role) {
-		return who, &refusal{http.StatusServiceUnavailable, upgradeDraining, "this relay is shutting down: try again", retryAfter(time.Second)}
-	}
-	defer func() {
-		if refused != nil {
-			r.gone(role)
-		}
-	}()
 	if !who.probe {
-		if ok, wait := r.limits.allow(who.addr); !ok {
-			return who, &refusal{http.StatusTooManyRequests, upgradeRateLimited, "too many upgrades from this address: wait", retryAfter(wait)}
+		if ok, wait := r.limits.rates.allow(who.addr); !ok {
+			return &refusal{http.StatusTooManyRequests, upgradeRateLimited, "too many upgrades from this address: wait", wait}
 		}
 	}
-	if !r.limits.acquireConn() {
-		return who, &refusal{http.StatusServiceUnavailable, upgradeFull, "this relay has all the connections it may have: try again", retryAfter(30 * time.Second)}
+	if refused := r.enter(who.role); refused != nil {
+		return refused
 	}
-	if refused = checkHeaders(q.Header, role); refused == nil {
+	refused := checkHeaders(q.Header, who.role)
+	if refused == nil {
 		refused = checkHandshake(q)
 	}
 	if refused != nil {
-		r.limits.releaseConn()
+		r.leave(who.role)
 	}
-	return who, refused
+	return refused
 }
 
-func retryAfter(d time.Duration) [2]string {
-	return [2]string{"Retry-After", strconv.Itoa(max(1, int((d+time.Second-1)/time.Second)))}
+var (
+	refusedDraining = refusal{http.StatusServiceUnavailable, upgradeDraining, "this relay is shutting down: try again", time.Second}
+	refusedFull     = refusal{http.StatusServiceUnavailable, upgradeFull, "this relay has all the connections it may have: try again", 30 * time.Second}
+)
+
+// enter counts an upgrade in.
+func (r *relay) enter(role role) *refusal {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	switch {
+	case r.draining:
+		return &refusedDraining
+	case r.live[roleBinary]+r.live[rolePhone] >= r.o.maxConnections:
+		return &refusedFull
+	}
+	r.live[role]++
+	return nil
 }
+
+// leave undoes enter.
+func (r *relay) leave(role role) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.live[role]--; r.draining && r.live[role] == 0 {
+		select {
+		case r.empty <- struct{}{}:
+		default:
+		}
+	}
+}
+
+func (r *relay) count(role role) int {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.live[role]
+}
+
+var serverIDPattern = regexp.MustCompile(`^[A-Za-z0-9._~-]{1,128}$`)
 
 // checkHeaders holds a request against the endpoint's own headers.
 func checkHeaders(h http.Header, role role) *refusal {
-	need := [...]string{"X-Pyrycode-Server", "User-Agent", "X-Pyrycode-Version"}
-	for i, name := range need {
-		if i == 2 && role != roleBinary {
-			break
-		}
+	need := []string{"X-Pyrycode-Server", "User-Agent", "X-Pyrycode-Version"}
+	if role == rolePhone {
+		need = need[:2]
+	}
+	for _, name := range need {
 		if strings.TrimSpace(h.Get(name)) == "" {
-			return &refusal{http.StatusBadRequest, upgradeBadHeader, "header " + strings.ToLower(name) + " is missing", [2]string{}}
+			return &refusal{http.StatusBadRequest, upgradeBadHeader, "header " + strings.ToLower(name) + " is missing", 0}
 		}
 	}
-	if !validServerID(h.Get("X-Pyrycode-Server")) {
-		return &refusal{http.StatusBadRequest, upgradeBadHeader,
-			"header x-pyrycode-server must be 1 to 128 characters of A-Z a-z 0-9 . _ ~ -", [2]string{}}
+	if !serverIDPattern.MatchString(h.Get("X-Pyrycode-Server")) {
+		return &refusal{http.StatusBadRequest, upgradeBadHeader, "header x-pyrycode-server must be 1 to 128 characters of A-Z a-z 0-9 . _ ~ -", 0}
 	}
 	return nil
 }
 
-func validServerID(id string) bool {
-	if len(id) < 1 || len(id) > 128 {
-		return false
+// checkHandshake is the last gate before the 101 (RFC 6455 §4.2). Everything that
+// x/net/websocket would refuse with raw bytes, or wrongly accept, is refused here
+// as a proper HTTP answer.
+func checkHandshake(q *http.Request) *refusal {
+	h := q.Header
+	bad := func(status int, text string) *refusal { return &refusal{status, upgradeBadRequest, text, 0} }
+	switch version, key := h["Sec-Websocket-Version"], h["Sec-Websocket-Key"]; {
+	case q.Method != http.MethodGet:
+		return bad(http.StatusMethodNotAllowed, "this is a websocket endpoint: use GET")
+	case q.ProtoMajor != 1 || q.ProtoMinor < 1:
+		return bad(http.StatusUpgradeRequired, "websocket upgrades need HTTP/1.1")
+	case !hasToken(h["Connection"], "upgrade") || !hasToken(h["Upgrade"], "websocket"):
+		return bad(http.StatusUpgradeRequired,
+			"this is a websocket endpoint: no upgrade was asked for (does the proxy in front forward Upgrade and Connection?)")
+	case len(version) != 1 || version[0] != "13":
+		return bad(http.StatusUpgradeRequired, "only websocket version 13 is spoken here")
+	case q.ContentLength != 0:
+		return bad(http.StatusBadRequest, "an upgrade request has no body")
+	case len(key) != 1 || !validKey(key[0]):
+		return bad(http.StatusBadRequest, "sec-websocket-key must be one base64 value of 16 bytes")
 	}
-	for i := range len(id) {
-		switch c := id[i]; {
-		case c >= 'a' && c <= 'z', c >= 'A' && c <= 'Z', c >= '0' && c <= '9':
-		case c == '.', c == '_', c == '~', c == '-':
-		default:
-			return false
+	return nil
+}
+
+// hasToken looks for a token in a list header (RFC 9110 §5.6.1).
+func hasToken(lines []string, token string) bool {
+	for _, line := range lines {
+		for t := range strings.SplitSeq(line, ",") {
+			if strings.EqualFold(strings.TrimSpace(t), token) {
+				return true
+			}
 		}
 	}
-	return true
+	return false
+}
+
+func validKey(key string) bool {
+	b, err := base64.StdEncoding.Strict().DecodeString(key)
+	return err == nil && len(b) == 16 && len(key) == base64.StdEncoding.EncodedLen(16)
 }
 
 func (r *relay) refuse(w http.ResponseWriter, who caller, f *refusal) {
@@ -413,15 +347,17 @@ func (r *relay) refuse(w http.ResponseWriter, who caller, f *refusal) {
 	if more, ok := r.refusals.allow(r.now()); ok {
 		r.log.Warn("upgrade refused", "leg", who.role, "addr", who.addr, "reason", f.outcome, "status", f.status, "unlogged", more)
 	}
-	if f.header[0] != "" {
-		w.Header().Set(f.header[0], f.header[1])
+	h := w.Header()
+	switch f.status {
+	case http.StatusMethodNotAllowed:
+		h.Set("Allow", "GET")
+	case http.StatusUpgradeRequired: // it names all that is wanted (RFC 9110 §15.5.22)
+		h.Set("Upgrade", "websocket")
+		h.Set("Sec-WebSocket-Version", "13")
+	case http.StatusTooManyRequests, http.StatusServiceUnavailable:
+		h.Set("Retry-After", strconv.Itoa(max(1, int((f.wait+time.Second-1)/time.Second))))
 	}
-	if f.status == http.StatusUpgradeRequired { // it names all that is wanted (RFC 9110 §15.5.22)
-		w.Header().Set("Upgrade", "websocket")
-		w.Header().Set("Sec-WebSocket-Version", "13")
-	}
-	// Whoever asks through the public name learns who refused.
-	maps.Copy(w.Header(), r.greeting())
+	maps.Copy(h, r.greeting()) // through the public name this tells which relay refused
 	http.Error(w, f.text, f.status)
 }
 
@@ -431,6 +367,66 @@ func (r *relay) countUpgrade(who caller, o upgradeOutcome) {
 		r.metrics.upgrades[who.role][o].Add(1)
 	}
 }
+
+// ---- upgrade ----
+
+// upgrade takes the connection of a checked request from net/http for good, so
+// that it holds none of net/http's memory, and lets x/net write the answer: 101
+// and extra headers. The answer is for the caller to send, once the peer is
+// registered, since a peer that has seen a 101 counts on that. first is what the
+// peer had already sent behind its request.
+func upgrade(w http.ResponseWriter, q *http.Request, extra http.Header) (nc net.Conn, first, answer []byte, err error) {
+	nc, rw, err := http.NewResponseController(w).Hijack()
+	if err != nil {
+		return nil, nil, nil, fmt.Errorf("taking the connection over: %w", err)
+	}
+	if g, ok := nc.(*guest); ok {
+		nc = g.Conn
+	}
+	if n := rw.Reader.Buffered(); n > 0 {
+		first = make([]byte, n)
+		rw.Read(first) // they are there
+	}
+	// The request that x/net sees has nothing in it but the handshake: it would act
+	// on the rest, and answer to a subprotocol.
+	slim := &http.Request{Method: http.MethodGet, Host: "relay", URL: &url.URL{Path: "/"}, Header: http.Header{
+		"Connection":            {"Upgrade"},
+		"Upgrade":               {"websocket"},
+		"Sec-Websocket-Version": {"13"},
+		"Sec-Websocket-Key":     q.Header["Sec-Websocket-Key"],
+	}}
+	var h answerWriter
+	opened := false
+	websocket.Server{
+		Handshake: func(c *websocket.Config, _ *http.Request) error { c.Header = extra; return nil },
+		Handler:   func(*websocket.Conn) { opened = true },
+	}.ServeHTTP(&h, slim)
+	if !opened {
+		nc.Close()
+		return nil, nil, nil, errors.New("x/net/websocket refused a handshake that was checked")
+	}
+	return nc, first, h.answer, nil
+}
+
+// answerWriter is what x/net takes for a response and its connection. It keeps what
+// x/net writes.
+type answerWriter struct {
+	http.ResponseWriter // none: x/net calls Hijack only
+	net.Conn            // none: x/net calls Write and Close only
+	answer              []byte
+}
+
+func (h *answerWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	// The 101 is about 250 bytes.
+	return h, bufio.NewReadWriter(bufio.NewReaderSize(strings.NewReader(""), 16), bufio.NewWriterSize(h, 512)), nil
+}
+
+func (h *answerWriter) Write(p []byte) (int, error) {
+	h.answer = append(h.answer, p...)
+	return len(p), nil
+}
+
+func (h *answerWriter) Close() error { return nil }
 
 // ---- sessions ----
 
@@ -447,14 +443,6 @@ type session struct {
 	graceQueue    *graceQueue // what a phone that joined in grace has sent since, nil for others
 	contendsSince int64       // relay clock since which a binary waits for the server-id, 0 if it does not
 	challengedAt  int64       // relay clock of the first challenge that a binary has not answered, 0 if none
-}
-
-// graceQueue keeps what a phone sends in grace, as frames for the binary to come.
-type graceQueue struct {
-	queue
-	frames  uint32
-	bytes   uint64 // of messages, envelope included
-	payload uint64 // without it
 }
 
 // newSession makes a session that has no socket yet.
@@ -586,6 +574,14 @@ func (s *session) toBinary(w *writeBatch, p []byte) {
 	}
 }
 
+// graceQueue keeps what a phone sends in grace, as frames for the binary to come.
+type graceQueue struct {
+	queue
+	frames  uint32
+	bytes   uint64 // of messages, envelope included
+	payload uint64 // without it
+}
+
 // push queues a message for the binary that comes back, server.mu held.
 func (q *graceQueue) push(w *writeBatch, head, p []byte) closeReason {
 	n := len(head) + len(p) + len(envelopeTail)
@@ -702,4 +698,198 @@ func (s *session) closed(w *writeBatch) {
 	}
 	r.mu.Unlock()
 	r.leave(s.role)
+}
+
+// everySession appends the sessions that are being read to all.
+func (r *relay) everySession(all []*session) []*session {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.AppendSeq(all, maps.Keys(r.sessions))
+}
+
+// ---- time ----
+
+// clock measures the time in which the process runs. Where a container's pause, a
+// debugger or a machine without a free processor stops it, what peers sent
+// meanwhile waits in the kernel, so no peer may be held to that time: every
+// deadline is on this clock, and moves by the stall. The sweep reads it regularly,
+// so that only a stall lets it go unread.
+type clock struct {
+	start time.Time
+
+	mu      sync.Mutex // guards what follows
+	last    int64      // nanoseconds from start to the last reading
+	stalled int64      // of which the process stood still
+}
+
+const (
+	// mostLate is how late the sweep may notice a timeout: a tenth of the shortest
+	// of the contract's.
+	mostLate = 500 * time.Millisecond
+	// stallFrom is the time between two readings that counts as a stall. Four sweeps
+	// are more than a busy machine misses.
+	stallFrom = 4 * mostLate
+	// trimFrom is the smallest wave of peers whose memory is worth a collection: 256
+	// sessions.
+	trimFrom = 1 << 20
+
+	// What held counts for a session, with what it took to come and go, for a
+	// connection that net/http serves, and for a server-id in grace.
+	sessionCost = 4 << 10
+	requestCost = 16 << 10
+	graceCost   = 512
+	// dailyBuffers is what buffers may come to and fall from without being a
+	// wave: a few fast streams.
+	dailyBuffers = 16 << 20
+)
+
+func (c *clock) read() (now, stalled int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	at := int64(time.Since(c.start)) + 1
+	if gap := at - c.last; gap >= int64(stallFrom) && c.last > 0 {
+		c.stalled += gap
+	}
+	c.last = at
+	return at - c.stalled, c.stalled
+}
+
+// now is the relay clock: nanoseconds since the start without those in which the
+// relay stood still, never 0.
+func (r *relay) now() int64 {
+	now, _ := r.clock.read()
+	return now
+}
+
+// sweep looks, until the end of the drain, at what only time brings about:
+// timeouts, the ends of graces, and memory that a wave has left behind.
+func (r *relay) sweep() {
+	defer close(r.swept)
+	o := &r.o
+	tick := time.NewTicker(min(mostLate, o.ping/2, o.messageTimeout/2, o.writeTimeout/2, o.closeTimeout/2, o.challengeTimeout/2))
+	defer tick.Stop()
+	w := r.newBatch()
+	var all []*session
+	told := int64(0)
+	for {
+		select {
+		case <-r.quit:
+			return
+		case <-tick.C:
+		}
+		var stalled int64
+		if w.now, stalled = r.clock.read(); stalled > told {
+			r.log.Warn("the relay stood still: every deadline is moved by that", "duration", time.Duration(stalled-told))
+			told = stalled
+		}
+		all = r.everySession(all[:0])
+		for _, s := range all {
+			s.checkTimeouts(w)
+		}
+		clear(all)
+		r.registry.expire(w, w.now)
+		w.flush()
+		r.trim()
+	}
+}
+
+// trim gives memory back to the system once what peers hold has halved. Left
+// alone, Go does it minutes later, at the pace of collections that an idle relay
+// does not have.
+func (r *relay) trim() {
+	if r.halved(r.held()) {
+		runtime.GC() // pools of buffers let go at the second collection only
+		debug.FreeOSMemory()
+	}
+}
+
+// halved reports whether held is half of the peak, which begins anew then.
+func (r *relay) halved(held int64) bool {
+	peak := max(r.peak.Load(), held)
+	halved := peak >= trimFrom && held <= peak/2
+	if halved {
+		peak = held
+	}
+	r.peak.Store(peak)
+	return halved
+}
+
+// held is how many bytes peers hold, roughly.
+func (r *relay) held() int64 {
+	return int64(r.count(roleBinary)+r.count(rolePhone))*sessionCost + r.requests.Load()*requestCost +
+		r.metrics.binariesInGrace.Load()*graceCost + max(0, r.buffers.budget.used()-dailyBuffers)
+}
+
+// ---- drain ----
+
+func (r *relay) isDraining() bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.draining
+}
+
+// beginDrain refuses whatever is new from now on.
+func (r *relay) beginDrain() {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	r.draining = true
+}
+
+// drain says goodbye to every phone, then to every binary, and ends the relay.
+// Connections that are left when ctx ends are cut off. Afterwards no goroutine of
+// the relay is left. It is called once.
+func (r *relay) drain(ctx context.Context) {
+	r.beginDrain()
+	half, always := ctx, context.Background()
+	if end, ok := ctx.Deadline(); ok {
+		// A phone that does not answer must not cost the binaries their word.
+		var cancel context.CancelFunc
+		half, cancel = context.WithTimeout(ctx, time.Until(end)/2)
+		defer cancel()
+	}
+	goodbye := func(roles ...role) func() {
+		return func() {
+			w := r.newBatch()
+			for _, s := range r.everySession(nil) {
+				if slices.Contains(roles, s.role) {
+					s.end(w, endShutdown)
+				}
+			}
+			w.flush()
+		}
+	}
+	r.await(half, rolePhone, goodbye(rolePhone))
+	r.await(ctx, roleBinary, goodbye(rolePhone, roleBinary))
+	r.await(ctx, rolePhone, func() {}) // their answers may be on their way
+	r.await(always, rolePhone, r.abortAll)
+	r.await(always, roleBinary, r.abortAll)
+	close(r.quit)
+	<-r.swept
+	r.registry.expire(r.newBatch(), math.MaxInt64)
+	for _, p := range r.loops {
+		p.stop()
+	}
+	r.fallback.stop()
+}
+
+// await calls nudge a few times a second, for connections that were between
+// request and session as well, until none of a role is left or ctx ends.
+func (r *relay) await(ctx context.Context, role role, nudge func()) {
+	again := time.NewTicker(50 * time.Millisecond)
+	defer again.Stop()
+	for r.count(role) > 0 && ctx.Err() == nil {
+		nudge()
+		select {
+		case <-r.empty:
+		case <-again.C:
+		case <-ctx.Done():
+		}
+	}
+}
+
+// abortAll gives every session up.
+func (r *relay) abortAll() {
+	for _, s := range r.everySession(nil) {
+		s.abort()
+	}
 }

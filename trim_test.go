@@ -26,9 +26,9 @@ func TestTrimmerDue(t *testing.T) {
 		{"all at once", []look{{many, false}, {0, true}, {0, false}}},
 		{"what is left counts from anew", []look{{many, false}, {many / 2, true}, {many/4 + 1, false}, {many, false}, {many/2 + 1, false}, {many / 2, true}}},
 	} {
-		var m trimmer
+		var r relay
 		for i, l := range c.looks {
-			if got := m.due(l.held); got != l.trim {
+			if got := r.halved(l.held); got != l.trim {
 				t.Errorf("%s: look %d: trim is %v, want %v", c.name, i, got, l.trim)
 			}
 		}
