@@ -56,95 +56,92 @@ type options struct {
 	checkPace        checkPace     // of the check of -public-url
 }
 
+// defaultOptions are those of a relay that is told nothing.
 func defaultOptions() options {
-	return options{
-		listen:         "127.0.0.1:8080",
-		admin:          "127.0.0.1:8081",
-		instanceLock:   "127.0.0.1:24404",
-		grace:          30 * time.Second,
-		ping:           30 * time.Second,
-		drain:          10 * time.Second,
-		maxFrame:       256 << 10,
-		maxPhones:      16,
-		maxConnections: 4096,
-		queue:          4 << 20,
-		queueTotal:     256 << 20,
-		ratePerMinute:  10,
-		rateBurst:      20,
-		trustedProxies: []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128")},
-		logFormat:      "text",
-		logLevel:       slog.LevelInfo,
-
+	o := options{
 		challengeTimeout: 5 * time.Second,
 		messageTimeout:   30 * time.Second,
 		writeTimeout:     10 * time.Second,
 		closeTimeout:     5 * time.Second,
 		checkPace:        defaultPace(),
 	}
+	o.flags()
+	return o
 }
 
-// value is a flag.Value whose refusal says what would be right.
+// flags declares every flag and sets what it is for to its default.
+func (o *options) flags() *flag.FlagSet {
+	fs := flag.NewFlagSet(programName, flag.ContinueOnError)
+	fs.SetOutput(io.Discard)
+	fs.Usage = func() {}
+	add(fs, "listen", &o.listen, "127.0.0.1:8080", parseAddress, "`address` of the public listener: plain HTTP, for a TLS proxy in front")
+	add(fs, "admin", &o.admin, "127.0.0.1:8081", parseAdmin,
+		"`address` of /metrics, loopback only unless -admin-any; \"off\" or an empty value turns it off")
+	add(fs, "admin-any", &o.adminAny, false, parseTruth, "let -admin be any address: whoever reaches it reads the metrics")
+	add(fs, "instance-lock", &o.instanceLock, "127.0.0.1:24404", parseLock,
+		"loopback `address` whose bind proves that this is the only relay on this host")
+	add(fs, "public-url", &o.publicURL, "", parsePublicURL,
+		"the relay's own public `URL`, as wss://relay.example.com: it then checks from outside who answers there")
+	add(fs, "grace", &o.grace, 30*time.Second, duration(0, time.Hour), "`duration` for which a claim outlives its binary's connection")
+	add(fs, "ping", &o.ping, 30*time.Second, duration(time.Second, time.Hour),
+		"`duration` between heartbeats; a peer silent for one more is dead")
+	add(fs, "drain", &o.drain, 10*time.Second, duration(time.Second, time.Hour), "`duration` that a shutdown may take")
+	add(fs, "max-frame", &o.maxFrame, 256<<10, number(1<<10, 16<<20), "`bytes` of one message, both legs")
+	add(fs, "max-phones", &o.maxPhones, 16, number(1, 1<<20), "`phones` per server-id")
+	add(fs, "max-connections", &o.maxConnections, 4096, number(1, 1<<20), "live WebSocket `connections`; the next upgrade gets 503")
+	add(fs, "queue", &o.queue, 4<<20, number(1<<10, 1<<30), "`bytes` queued per phone")
+	add(fs, "queue-total", &o.queueTotal, 256<<20, number[int64](1<<10, 1<<40),
+		"`bytes` queued, and of half-received messages, in the whole process")
+	add(fs, "rate-per-minute", &o.ratePerMinute, 10, number(0, 1<<20),
+		"`upgrades` per client address (IPv4 /32, IPv6 /64) and minute; 0 turns the limit off")
+	add(fs, "rate-burst", &o.rateBurst, 20, number(1, 1<<20), "`upgrades` that an address may ask for at once")
+	add(fs, "trusted-proxies", &o.trustedProxies, "127.0.0.0/8,::1/128", parsePrefixes,
+		"`networks` whose X-Forwarded-For is believed; empty for none")
+	add(fs, "log-format", &o.logFormat, "text", parseLogFormat, "`format` of the log: text or json")
+	add(fs, "log-level", &o.logLevel, "info", parseLevel, "lowest `level` that is logged: debug, info, warn or error")
+	return fs
+}
+
+// add declares a flag for *p. parse refuses a value by saying what would be right.
+func add[T any](fs *flag.FlagSet, name string, p *T, byDefault any, parse func(string) (T, error), usage string) {
+	v := &value[T]{p: p, parse: parse}
+	if err := v.Set(fmt.Sprint(byDefault)); err != nil {
+		panic(fmt.Sprintf("default of -%s: %v", name, err))
+	}
+	fs.Var(v, name, usage)
+}
+
+// value is a flag.Value.
 type value[T any] struct {
-	p      *T
-	parse  func(string) (T, error)
-	format func(T) string
+	p     *T
+	parse func(string) (T, error)
+	text  string // what *p was parsed from
 }
 
-func (v value[T]) Set(s string) error {
+func (v *value[T]) Set(s string) error {
 	parsed, err := v.parse(s)
 	if err == nil {
-		*v.p = parsed
+		*v.p, v.text = parsed, s
 	}
 	return err
 }
 
-func (v value[T]) String() string {
-	if v.p == nil { // package flag asks a zero value
-		return ""
-	}
-	return v.format(*v.p)
-}
+func (v *value[T]) String() string { return v.text }
 
-func (v value[T]) IsBoolFlag() bool {
+func (v *value[T]) IsBoolFlag() bool {
 	_, ok := any(v.p).(*bool)
 	return ok
-}
-
-// flags declares every flag, with o's values as defaults.
-func (o *options) flags() *flag.FlagSet {
-	fs := flag.NewFlagSet("pyrycode-relay", flag.ContinueOnError)
-	fs.SetOutput(io.Discard)
-	fs.Usage = func() {}
-	fs.Var(text(&o.listen, parseAddress), "listen", "`address` of the public listener: plain HTTP, for a TLS proxy in front")
-	fs.Var(text(&o.admin, parseAdmin), "admin", "`address` of /metrics, loopback only unless -admin-any; \"off\" or an empty value turns it off")
-	fs.Var(truthValue(&o.adminAny), "admin-any", "let -admin be any address: whoever reaches it reads the metrics")
-	fs.Var(text(&o.instanceLock, parseLock), "instance-lock", "loopback `address` whose bind proves that this is the only relay on this host")
-	fs.Var(value[*url.URL]{&o.publicURL, parsePublicURL, formatPublicURL}, "public-url", "the relay's own public `URL`, as wss://relay.example.com: it then checks from outside who answers there")
-	fs.Var(duration(&o.grace, 0, time.Hour), "grace", "`duration` for which a claim outlives its binary's connection")
-	fs.Var(duration(&o.ping, time.Second, time.Hour), "ping", "`duration` between heartbeats; a peer silent for one more is dead")
-	fs.Var(duration(&o.drain, time.Second, time.Hour), "drain", "`duration` that a shutdown may take")
-	fs.Var(number(&o.maxFrame, 1<<10, 16<<20), "max-frame", "`bytes` of one message, both legs")
-	fs.Var(number(&o.maxPhones, 1, 1<<20), "max-phones", "`phones` per server-id")
-	fs.Var(number(&o.maxConnections, 1, 1<<20), "max-connections", "live WebSocket `connections`; the next upgrade gets 503")
-	fs.Var(number(&o.queue, 1<<10, 1<<30), "queue", "`bytes` queued per phone")
-	fs.Var(number(&o.queueTotal, 1<<10, 1<<40), "queue-total", "`bytes` queued, and of half-received messages, in the whole process")
-	fs.Var(number(&o.ratePerMinute, 0, 1<<20), "rate-per-minute", "`upgrades` per client address (IPv4 /32, IPv6 /64) and minute; 0 turns the limit off")
-	fs.Var(number(&o.rateBurst, 1, 1<<20), "rate-burst", "`upgrades` that an address may ask for at once")
-	fs.Var(value[[]netip.Prefix]{&o.trustedProxies, parsePrefixes, formatPrefixes}, "trusted-proxies", "`networks` whose X-Forwarded-For is believed; empty for none")
-	fs.Var(text(&o.logFormat, parseLogFormat), "log-format", "`format` of the log: text or json")
-	fs.Var(value[slog.Level]{&o.logLevel, parseLevel, formatLevel}, "log-level", "lowest `level` that is logged: debug, info, warn or error")
-	return fs
-}
-
-// envName is the variable of a flag.
-func envName(flag string) string {
-	return envPrefix + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
 }
 
 const (
 	envPrefix  = "PYRYCODE_RELAY_"
 	bypassName = envPrefix + "SINGLE_INSTANCE"
 )
+
+// envName is the variable of a flag.
+func envName(flag string) string {
+	return envPrefix + strings.ToUpper(strings.ReplaceAll(flag, "-", "_"))
+}
 
 // environment is os.Environ by name.
 func environment(lines []string) map[string]string {
@@ -154,6 +151,80 @@ func environment(lines []string) map[string]string {
 		env[name] = value
 	}
 	return env
+}
+
+// otherNames are those of two flags in scripts that start any relay of this
+// protocol, the daemon's own test among them.
+var otherNames = map[string]string{"insecure-listen": "listen", "metrics-listen": "admin"}
+
+// parseOptions reads the command line, then the environment for what that left
+// open. An error names the flag or variable, the value and what would be right.
+func parseOptions(args []string, env map[string]string) (options, error) {
+	o := defaultOptions()
+	fs := o.flags()
+	for other, name := range otherNames {
+		fs.Var(fs.Lookup(name).Value, other, "")
+	}
+	if err := fs.Parse(args); errors.Is(err, flag.ErrHelp) {
+		return o, err
+	} else if err != nil {
+		return o, fmt.Errorf("%w (-h lists the flags)", err)
+	}
+	if fs.NArg() > 0 {
+		return o, fmt.Errorf("unknown command %q: the commands are help, version and probe, each before its own flags; "+
+			"-h lists the flags of the relay", fs.Arg(0))
+	}
+	err := checkVariables(env)
+	source := map[string]string{} // of what is not left at its default
+	fs.Visit(func(f *flag.Flag) { source[cmp.Or(otherNames[f.Name], f.Name)] = "flag -" + f.Name })
+	fs.VisitAll(func(f *flag.Flag) {
+		v, set := env[envName(f.Name)]
+		if err != nil || !set || source[f.Name] != "" || otherNames[f.Name] != "" {
+			return
+		}
+		source[f.Name] = "variable " + envName(f.Name)
+		if bad := f.Value.Set(v); bad != nil {
+			err = fmt.Errorf("invalid value %q for %s: %w", v, source[f.Name], bad)
+		}
+	})
+	if v, set := env[bypassName]; err == nil && set {
+		if o.bypass = v == "1"; !o.bypass {
+			err = fmt.Errorf("invalid value %q for variable %s: want exactly 1 to skip the single-instance checks, "+
+				"or the variable unset", v, bypassName)
+		}
+	}
+	if err == nil {
+		o.checkPace, err = paceFrom(env)
+	}
+	if err == nil {
+		err = o.validate(func(flag string) string { return cmp.Or(source[flag], "flag -"+flag) })
+	}
+	if err == nil {
+		err = checkPlatform(o, env)
+	}
+	return o, err
+}
+
+// validate looks at what one flag alone cannot tell. source says where the value
+// of a flag was set.
+func (o *options) validate(source func(flag string) string) error {
+	if host, _, _ := net.SplitHostPort(o.admin); o.admin != "" && !o.adminAny && !loopback(host) {
+		return fmt.Errorf("invalid value %q for %s: want a loopback address, such as 127.0.0.1:8081, or -admin-any as well",
+			o.admin, source("admin"))
+	}
+	if need := o.maxFrame + maxSendHeader; o.queue < need {
+		return fmt.Errorf("invalid value %d for %s: want at least %d, so that one message of -max-frame bytes fits",
+			o.queue, source("queue"), need)
+	}
+	if o.queueTotal < int64(o.queue) {
+		return fmt.Errorf("invalid value %d for %s: want at least %d, the -queue of one phone", o.queueTotal, source("queue-total"), o.queue)
+	}
+	return nil
+}
+
+func loopback(host string) bool {
+	a, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && a.IsLoopback()
 }
 
 // serviceVariable is what Kubernetes and Docker put into a container beside a
@@ -172,9 +243,9 @@ func checkVariables(env map[string]string) error {
 			continue
 		}
 		upper := strings.ToUpper(name)
-		for other, name := range otherNames {
+		for other, flag := range otherNames {
 			if upper == envName(other) {
-				upper = envName(name)
+				upper = envName(flag)
 			}
 		}
 		nearest := slices.MinFunc(known, func(a, b string) int { return editDistance(upper, a) - editDistance(upper, b) })
@@ -204,75 +275,6 @@ func editDistance(a, b string) int {
 	return row[len(b)]
 }
 
-// otherNames are those of two flags in scripts that start any relay of this
-// protocol, the daemon's own test among them.
-var otherNames = map[string]string{"insecure-listen": "listen", "metrics-listen": "admin"}
-
-// parseOptions reads the command line, then the environment for what that left
-// open. An error names the flag or variable, the value and what would be right.
-func parseOptions(args []string, env map[string]string) (options, error) {
-	o := defaultOptions()
-	fs := o.flags()
-	for other, name := range otherNames {
-		fs.Var(fs.Lookup(name).Value, other, "")
-	}
-	if err := fs.Parse(args); errors.Is(err, flag.ErrHelp) {
-		return o, err
-	} else if err != nil {
-		return o, fmt.Errorf("%w (-h lists the flags)", err)
-	}
-	if fs.NArg() > 0 {
-		return o, fmt.Errorf("unknown command %q: the commands are help, version and probe, each before its own flags; -h lists the flags of the relay", fs.Arg(0))
-	}
-	source := map[string]string{} // of what is not left at its default
-	fs.Visit(func(f *flag.Flag) { source[cmp.Or(otherNames[f.Name], f.Name)] = "flag -" + f.Name })
-	bad := checkVariables(env)
-	fs.VisitAll(func(f *flag.Flag) {
-		v, set := env[envName(f.Name)]
-		if !set || source[f.Name] != "" || otherNames[f.Name] != "" || bad != nil {
-			return
-		}
-		source[f.Name] = "variable " + envName(f.Name)
-		if err := f.Value.Set(v); err != nil {
-			bad = fmt.Errorf("invalid value %q for %s: %w", v, source[f.Name], err)
-		}
-	})
-	if bad != nil {
-		return o, bad
-	}
-	switch v, set := env[bypassName]; {
-	case set && v != "1":
-		return o, fmt.Errorf("invalid value %q for variable %s: want exactly 1 to skip the single-instance checks, or the variable unset", v, bypassName)
-	default:
-		o.bypass = set
-	}
-	var err error
-	if o.checkPace, err = paceFrom(env); err != nil {
-		return o, err
-	}
-	return o, cmp.Or(o.validate(func(flag string) string { return cmp.Or(source[flag], "flag -"+flag) }), checkPlatform(o, env))
-}
-
-// validate looks at what one flag alone cannot tell. source says where the value
-// of a flag was set.
-func (o *options) validate(source func(flag string) string) error {
-	if host, _, _ := net.SplitHostPort(o.admin); o.admin != "" && !o.adminAny && !loopback(host) {
-		return fmt.Errorf("invalid value %q for %s: want a loopback address, such as 127.0.0.1:8081, or -admin-any as well", o.admin, source("admin"))
-	}
-	if need := o.maxFrame + maxSendHeader; o.queue < need {
-		return fmt.Errorf("invalid value %d for %s: want at least %d, so that one message of -max-frame bytes fits", o.queue, source("queue"), need)
-	}
-	if o.queueTotal < int64(o.queue) {
-		return fmt.Errorf("invalid value %d for %s: want at least %d, the -queue of one phone", o.queueTotal, source("queue-total"), o.queue)
-	}
-	return nil
-}
-
-func loopback(host string) bool {
-	a, err := netip.ParseAddr(host)
-	return host == "localhost" || err == nil && a.IsLoopback()
-}
-
 // writeUsage prints the manual.
 func writeUsage(w io.Writer) {
 	fmt.Fprint(w, `pyrycode-relay lets a phone reach a coding agent at home. Run exactly one.
@@ -286,8 +288,7 @@ Each flag is also an environment variable; the command line wins. A variable
 that begins with PYRYCODE_RELAY_ and is none of these is refused.
 
 `)
-	o := defaultOptions()
-	o.flags().VisitAll(func(f *flag.Flag) {
+	new(options).flags().VisitAll(func(f *flag.Flag) {
 		name, usage := flag.UnquoteUsage(f)
 		head := strings.TrimSpace("-" + f.Name + " " + name) // a flag that is true or false has no name for its value
 		fmt.Fprintf(w, "  %s\n        %s\n        default %q, variable %s\n", head, usage, f.DefValue, envName(f.Name))
@@ -308,65 +309,54 @@ address in use is exit code 1.
 
 // ---- kinds of values ----
 
-func text(p *string, parse func(string) (string, error)) value[string] {
-	return value[string]{p, parse, func(s string) string { return s }}
-}
-
-func number[T int | int64](p *T, low, high T) value[T] {
-	parse := func(s string) (T, error) {
+func number[T int | int64](low, high T) func(string) (T, error) {
+	return func(s string) (T, error) {
 		n, err := strconv.ParseInt(s, 10, 64)
 		if err != nil || n < int64(low) || n > int64(high) {
 			return 0, fmt.Errorf("want a whole number from %d to %d", low, high)
 		}
 		return T(n), nil
 	}
-	return value[T]{p, parse, func(n T) string { return strconv.FormatInt(int64(n), 10) }}
 }
 
-func duration(p *time.Duration, low, high time.Duration) value[time.Duration] {
-	parse := func(s string) (time.Duration, error) {
+func duration(low, high time.Duration) func(string) (time.Duration, error) {
+	return func(s string) (time.Duration, error) {
 		d, err := time.ParseDuration(s)
 		if err != nil || d < low || d > high {
 			return 0, fmt.Errorf("want a duration from %v to %v, such as 30s", low, high)
 		}
 		return d, nil
 	}
-	return value[time.Duration]{p, parse, time.Duration.String}
 }
 
-func truthValue(p *bool) value[bool] {
-	parse := func(s string) (bool, error) {
-		b, err := strconv.ParseBool(s)
-		if err != nil {
-			return false, fmt.Errorf("want true or false")
-		}
-		return b, nil
+func parseTruth(s string) (bool, error) {
+	b, err := strconv.ParseBool(s)
+	if err != nil {
+		return false, errors.New("want true or false")
 	}
-	return value[bool]{p, parse, strconv.FormatBool}
+	return b, nil
 }
 
 func parseLogFormat(s string) (string, error) {
 	if s != "text" && s != "json" {
-		return "", fmt.Errorf("want text or json")
+		return "", errors.New("want text or json")
 	}
 	return s, nil
 }
 
 func parseLevel(s string) (slog.Level, error) {
-	for _, l := range []slog.Level{slog.LevelDebug, slog.LevelInfo, slog.LevelWarn, slog.LevelError} {
-		if s == formatLevel(l) {
+	for _, l := range [...]slog.Level{slog.LevelDebug, slog.LevelInfo, slog.LevelWarn, slog.LevelError} {
+		if s == strings.ToLower(l.String()) {
 			return l, nil
 		}
 	}
-	return 0, fmt.Errorf("want debug, info, warn or error")
+	return 0, errors.New("want debug, info, warn or error")
 }
-
-func formatLevel(l slog.Level) string { return strings.ToLower(l.String()) }
 
 func parseAddress(s string) (string, error) {
 	_, port, err := net.SplitHostPort(s)
 	if _, portErr := strconv.ParseUint(port, 10, 16); err != nil || portErr != nil {
-		return "", fmt.Errorf("want host:port, such as 127.0.0.1:8080")
+		return "", errors.New("want host:port, such as 127.0.0.1:8080")
 	}
 	return s, nil
 }
@@ -376,7 +366,7 @@ func parseAdmin(s string) (string, error) {
 		return "", nil
 	}
 	if _, err := parseAddress(s); err != nil {
-		return "", fmt.Errorf("want host:port, such as 127.0.0.1:8081, or off")
+		return "", errors.New("want host:port, such as 127.0.0.1:8081, or off")
 	}
 	return s, nil
 }
@@ -386,7 +376,7 @@ func parseAdmin(s string) (string, error) {
 func parseLock(s string) (string, error) {
 	a, err := netip.ParseAddrPort(s)
 	if err != nil || !a.Addr().IsLoopback() || a.Port() == 0 {
-		return "", fmt.Errorf("want a loopback address and a fixed port, such as 127.0.0.1:24404, the same for every relay on this host")
+		return "", errors.New("want a loopback address and a fixed port, such as 127.0.0.1:24404, the same for every relay on this host")
 	}
 	return s, nil
 }
@@ -398,22 +388,15 @@ func parsePublicURL(s string) (*url.URL, error) {
 	return parseRelayURL(s)
 }
 
-func formatPublicURL(u *url.URL) string {
-	if u == nil {
-		return ""
-	}
-	return u.String()
-}
-
 // parseRelayURL reads a relay's base address as peers are given it.
 func parseRelayURL(s string) (*url.URL, error) {
 	u, err := url.Parse(s)
 	if err != nil || u.Scheme != "ws" && u.Scheme != "wss" || u.Hostname() == "" || u.User != nil ||
 		u.Path != "" && u.Path != "/" || u.RawQuery != "" || u.Fragment != "" {
-		return nil, fmt.Errorf("want wss://host or wss://host:port (ws:// without TLS), and no path")
+		return nil, errors.New("want wss://host or wss://host:port (ws:// without TLS), and no path")
 	}
 	if _, err := strconv.ParseUint(u.Port(), 10, 16); u.Port() != "" && err != nil {
-		return nil, fmt.Errorf("want a port up to 65535")
+		return nil, errors.New("want a port up to 65535")
 	}
 	base := &url.URL{Scheme: u.Scheme, Host: u.Host}
 	// net/url reads some bytes in the zone of an address that it does not write so.
@@ -438,12 +421,4 @@ func parsePrefixes(s string) (all []netip.Prefix, err error) {
 		all = append(all, n.Masked())
 	}
 	return all, nil
-}
-
-func formatPrefixes(nets []netip.Prefix) string {
-	var b []string
-	for _, n := range nets {
-		b = append(b, n.String())
-	}
-	return strings.Join(b, ",")
 }

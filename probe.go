@@ -60,13 +60,14 @@ type instanceCount struct {
 
 // runProbe is the probe command.
 func runProbe(ctx context.Context, args []string, stdout, stderr io.Writer) int {
-	p := probe{n: probeConnections}
+	var p probe
 	asJSON := false
 	fs := flag.NewFlagSet("probe", flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
-	fs.Var(number(&p.n, 2, 1000), "n", "`connections`, one claim and the rest phones; everybody behind one address shares the relay's rate limit, 20 at once by default")
-	fs.Var(duration(&p.idle, 0, time.Hour), "idle", "`duration` of silence that the path has to survive; 0s leaves that out")
-	fs.Var(truthValue(&asJSON), "json", "one JSON object instead of text")
+	add(fs, "n", &p.n, probeConnections, number(2, 1000),
+		"`connections`, one claim and the rest phones; everybody behind one address shares the relay's rate limit, 20 at once by default")
+	add(fs, "idle", &p.idle, time.Duration(0), duration(0, time.Hour), "`duration` of silence that the path has to survive; 0s leaves that out")
+	add(fs, "json", &asJSON, false, parseTruth, "one JSON object instead of text")
 	target, err := parseProbe(fs, args)
 	if errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintf(stdout, "%s probe [flags] URL\n\nChecks a relay from outside, as wss://relay.example.com. Exit code 0: it works.\n1: it does not, and the step that failed says what to do. 2: wrong use.\n\n", programName)
