@@ -215,7 +215,6 @@ const (
 	endTooManyPhones   // -max-phones
 	endBinaryDirective // the binary asked for it; the code is the binary's
 	endShutdown        // drain
-	endInternal        // a state that cannot happen did
 	closeReasonCount
 )
 
@@ -253,7 +252,6 @@ var closeReasons = [closeReasonCount]struct {
 	endTooManyPhones:   {4429, "too many phones"},
 	endBinaryDirective: {0, "closed by binary"},
 	endShutdown:        {1001, "shutting down"},
-	endInternal:        {1011, "internal error"},
 }
 
 func (r closeReason) String() string {
