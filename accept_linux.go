@@ -16,7 +16,10 @@ import (
 // The acceptor of Linux. What it accepts is a bare descriptor, of which Go's
 // poller and its timers learn only if net/http has to wait for it: nearly every
 // request is there with its connection, and the next to wait for the socket is
-// the relay's own loop. An upgrade costs a fifth less than on a net.TCPConn.
+// the relay's own loop. It is here for what a connect costs: 1.3 to 1.6 times as
+// much as through HAProxy on a net.TCPConn, 1.05 to 1.31 times with it.
+
+func init() { newAcceptor = acceptBare }
 
 // acceptor is a net.Listener.
 type acceptor struct {
@@ -25,8 +28,8 @@ type acceptor struct {
 	addr net.Addr
 }
 
-// newAcceptor takes ln over.
-func newAcceptor(ln net.Listener) (net.Listener, error) {
+// acceptBare takes ln over.
+func acceptBare(ln net.Listener) (net.Listener, error) {
 	tl, ok := ln.(*net.TCPListener)
 	if !ok {
 		return ln, nil
@@ -89,25 +92,25 @@ type accepted struct {
 func (c *accepted) LocalAddr() net.Addr  { return c.local }
 func (c *accepted) RemoteAddr() net.Addr { return net.TCPAddrFromAddrPort(c.from) }
 
-func (c *accepted) Read(p []byte) (int, error) {
-	n := 0
-	nc, err := c.try(func(fd int) (done bool, err error) {
+func (c *accepted) Read(p []byte) (n int, err error) {
+	nc, err := c.try(func(fd int) (err error) {
 		if n, err = recv(fd, p); n == 0 && err == nil {
 			err = io.EOF
 		}
-		return true, err
+		return err
 	})
 	if nc != nil {
 		return nc.Read(p)
 	}
-	return max(n, 0), err
+	return n, err
 }
 
-func (c *accepted) Write(p []byte) (int, error) {
-	n := 0
-	nc, err := c.try(func(fd int) (done bool, err error) {
-		n, err = send(fd, [][]byte{p})
-		return n == len(p), err
+func (c *accepted) Write(p []byte) (n int, err error) {
+	nc, err := c.try(func(fd int) (err error) {
+		if n, err = send(fd, [][]byte{p}); err == nil && n < len(p) {
+			err = syscall.EAGAIN
+		}
+		return err
 	})
 	if nc != nil {
 		m, err := nc.Write(p[n:])
@@ -118,7 +121,7 @@ func (c *accepted) Write(p []byte) (int, error) {
 
 // try makes a system call that does not block. If there is something to wait for,
 // it returns the connection to wait with.
-func (c *accepted) try(call func(fd int) (done bool, err error)) (net.Conn, error) {
+func (c *accepted) try(call func(fd int) error) (net.Conn, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.polled != nil {
@@ -127,9 +130,7 @@ func (c *accepted) try(call func(fd int) (done bool, err error)) (net.Conn, erro
 	if c.fd < 0 {
 		return nil, net.ErrClosed
 	}
-	switch done, err := call(c.fd); {
-	case err == syscall.EAGAIN || err == syscall.EINTR || err == nil && !done:
-	default:
+	if err := call(c.fd); err != syscall.EAGAIN && err != syscall.EINTR {
 		return nil, err
 	}
 	f := os.NewFile(uintptr(c.fd), "")
@@ -175,23 +176,21 @@ func (c *accepted) SetDeadline(t time.Time) error {
 }
 
 func (c *accepted) SetReadDeadline(t time.Time) error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.readBy = t
-	if c.polled != nil {
-		return c.polled.SetReadDeadline(t)
-	}
-	return nil
+	return c.setDeadline(&c.readBy, net.Conn.SetReadDeadline, t)
 }
 
 func (c *accepted) SetWriteDeadline(t time.Time) error {
+	return c.setDeadline(&c.writeBy, net.Conn.SetWriteDeadline, t)
+}
+
+func (c *accepted) setDeadline(by *time.Time, set func(net.Conn, time.Time) error, t time.Time) error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.writeBy = t
-	if c.polled != nil {
-		return c.polled.SetWriteDeadline(t)
+	*by = t
+	if c.polled == nil {
+		return nil
 	}
-	return nil
+	return set(c.polled, t)
 }
 
 // take gives the descriptor away.

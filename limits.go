@@ -7,14 +7,15 @@ import (
 	"net/http"
 	"net/netip"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 )
 
-// What bounds strangers: who asks (behind proxies too), how often an address may
-// ask, how many connections there are, and how many bytes wait in the process.
+// What bounds strangers: a client's address (behind proxies too), how often an
+// address may ask, how many connections there are, and what a request may be.
 
 const (
 	// maxAddresses bounds the table of token buckets: 65,536 addresses are 4 MiB.
@@ -28,8 +29,8 @@ const (
 	// evictLooks is how many of a full table are looked at for one to go.
 	evictLooks = 8
 	// maxHeadLines is the most lines of a request's head: a phone's has about 10, and
-	// proxies add 10. With maxHeadBytes it bounds what a request costs that is
-	// sent in drops: 24 KiB, of them 8 KiB the buffers of net/http.
+	// proxies add 10. With maxHeadBytes it bounds what a request that is sent in drops
+	// costs: 24 KiB, of them 8 KiB the buffers of net/http.
 	maxHeadLines = 100
 	// maxHeadBytes is what http.Server.MaxHeaderBytes stands for: it adds 4 KiB.
 	maxHeadBytes = 8 << 10
@@ -37,29 +38,25 @@ const (
 	lingerTime = 500 * time.Millisecond
 	// greetTime is how long a connection may take to make its request.
 	greetTime = 10 * time.Second
-	// linesPerSecond is enough to see who and why.
+	// linesPerSecond is what a logGate lets through: enough to see the cause.
 	linesPerSecond = 5
 )
 
-// limits is safe for concurrent use.
+// limits bounds upgrades. It is safe for concurrent use.
 type limits struct {
-	budget  *budget
-	rates   rates
+	rates
 	most    int64        // live connections
 	current atomic.Int64 // live connections and upgrades under way
 }
 
 func newLimits(o options, now func() time.Time) *limits {
-	l := &limits{budget: &budget{limit: o.queueTotal}, most: int64(o.maxConnections)}
+	l := &limits{most: int64(o.maxConnections)}
 	if o.ratePerMinute > 0 {
 		interval := int64(time.Minute) / int64(o.ratePerMinute)
 		l.rates = rates{now: now, start: now(), interval: interval, slack: interval * int64(o.rateBurst-1), seen: map[netip.Addr]int64{}}
 	}
 	return l
 }
-
-// allow takes a token of an address, or tells after how long one will be there.
-func (l *limits) allow(addr netip.Addr) (ok bool, wait time.Duration) { return l.rates.allow(addr) }
 
 // acquireConn counts a connection in; false when all are taken.
 func (l *limits) acquireConn() bool {
@@ -117,8 +114,8 @@ func (r *rates) allow(addr netip.Addr) (ok bool, wait time.Duration) {
 }
 
 // evict makes room in a full table, mu held: of a few buckets the fullest goes,
-// which forgives least. Who commands that many addresses is not slowed down by
-// buckets; everybody else must not be locked out by him.
+// which forgives least. Buckets don't slow down a stranger that commands so many
+// addresses; but it must not lock out everybody else.
 func (r *rates) evict() {
 	victim, _ := stalest(r.seen, func(full int64) int64 { return full })
 	delete(r.seen, victim)
@@ -153,41 +150,35 @@ func rateKey(a netip.Addr) netip.Addr {
 
 // clientAddr is the address that a request comes from. A trusted peer is
 // believed in its X-Forwarded-For: of the addresses there the right-most that is
-// not itself trusted, since whatever is left of it the client may have made up.
+// not itself trusted, since the client may have made up everything left of it.
 // Where an entry is no address, the proxy that passed it on is the client.
 func clientAddr(q *http.Request, trusted []netip.Prefix) netip.Addr {
 	addr := peerAddr(q)
-	lines := q.Header["X-Forwarded-For"]
-	for l := len(lines) - 1; l >= 0; l-- {
-		for rest := lines[l]; rest != "" && within(addr, trusted); {
-			entry := rest
-			if i := strings.LastIndexByte(rest, ','); i >= 0 {
-				rest, entry = rest[:i], rest[i+1:]
-			} else {
-				rest = ""
-			}
-			hop, ok := parseHop(strings.TrimSpace(entry))
+	for _, line := range slices.Backward(q.Header["X-Forwarded-For"]) {
+		for end := len(line); end > 0 && within(addr, trusted); {
+			comma := strings.LastIndexByte(line[:end], ',')
+			hop, ok := parseHop(strings.TrimSpace(line[comma+1 : end]))
 			if !ok {
 				return addr
 			}
-			addr = hop
+			addr, end = hop, comma
 		}
 	}
 	return addr
 }
 
-// peerAddr is whom the connection of a request comes from.
+// peerAddr is the other end of the request's connection: a client, or a proxy.
 func peerAddr(q *http.Request) netip.Addr {
 	ap, _ := netip.ParseAddrPort(q.RemoteAddr)
 	return ap.Addr().Unmap().WithZone("") // Contains matches no address with a zone
 }
 
 // untrusted are peers that send X-Forwarded-For and are not believed. Where one is
-// a proxy, everybody behind it shares its bucket, and nothing else says why. The
-// zero value works.
+// a proxy, all that come through it share its bucket, and nothing else says why.
+// The zero value works.
 type untrusted struct {
 	mu   sync.Mutex // guards what follows
-	said map[netip.Addr]bool
+	said []netip.Addr
 }
 
 // first reports whether q's sender is one that has not been reported yet.
@@ -199,23 +190,15 @@ func (u *untrusted) first(q *http.Request, trusted []netip.Prefix) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	key := rateKey(peer)
-	if u.said[key] || len(u.said) >= maxUntrusted {
+	if len(u.said) >= maxUntrusted || slices.Contains(u.said, key) {
 		return false
 	}
-	if u.said == nil {
-		u.said = map[netip.Addr]bool{}
-	}
-	u.said[key] = true
+	u.said = append(u.said, key)
 	return true
 }
 
 func within(a netip.Addr, nets []netip.Prefix) bool {
-	for _, n := range nets {
-		if n.Contains(a) {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(nets, func(n netip.Prefix) bool { return n.Contains(a) })
 }
 
 // parseHop reads an address as proxies write it, with a port or without. A zone
@@ -247,9 +230,9 @@ func (l guests) Accept() (net.Conn, error) {
 type guest struct {
 	net.Conn
 
-	// Owned by who reads.
+	// Owned by the goroutine that reads.
 	lines int  // of the head that is being read
-	text  bool // in the line that is being read
+	text  bool // the line that is being read is not empty
 	full  bool // the head goes on behind maxHeadLines
 }
 
@@ -259,8 +242,8 @@ func (g *guest) Read(p []byte) (int, error) {
 		g.refuse()
 		return 0, io.EOF
 	case len(p) == 1 && g.lines == 0 && !g.text:
-		// Behind a request net/http waits for one byte to learn early that the
-		// peer has left. No handler here takes long enough to want to know.
+		// Behind a request net/http waits for one byte, so that a handler learns early
+		// that the peer has left. No handler here takes long enough to want to know.
 		return 0, os.ErrDeadlineExceeded
 	}
 	n, err := g.Conn.Read(p)
@@ -269,8 +252,8 @@ func (g *guest) Read(p []byte) (int, error) {
 		switch {
 		case b == '\r':
 		case b != '\n':
-			// What follows a head is no head for certain: that is seen to when
-			// net/http wants more of it.
+			// What follows a head may be a session's bytes, which have no lines: if
+			// it is a head, the next Read refuses the rest of it.
 			if g.lines == maxHeadLines && !g.text && !ended {
 				if g.full = true; i == 0 {
 					g.refuse()
@@ -308,9 +291,9 @@ func (g *guest) CloseWrite() error {
 }
 
 // limitIdle is an http.Server's ConnState hook: it keeps net/http at maxWaiting
-// connections that are no session. The one goes that has waited for its request
-// to be complete for the longest, however often it has sent a byte of it:
-// strangers who dawdle must not lock everybody else out. It counts them in served.
+// connections that are no session, and counts them in served. A newcomer displaces
+// the one that has waited for the longest for its request to be complete, however
+// often that has sent a byte of it: strangers that dawdle must not lock others out.
 func limitIdle(served *atomic.Int64) func(net.Conn, http.ConnState) {
 	var mu sync.Mutex
 	var line list.List // of net.Conn, the longest waiting in front
@@ -344,8 +327,8 @@ func limitIdle(served *atomic.Int64) func(net.Conn, http.ConnState) {
 	}
 }
 
-// logGate lets a few lines a second through: what a stranger can cause as often
-// as he likes must not fill a disk. The zero value works.
+// logGate lets linesPerSecond through: what a stranger can cause at will must not
+// fill a disk. The zero value works.
 type logGate struct {
 	mu      sync.Mutex // guards what follows
 	since   int64      // relay clock of the second that is counted

@@ -81,7 +81,7 @@ func newRelay(o options, id identity, build buildVersion, instance *instanceStat
 		sessions: map[*session]struct{}{},
 		empty:    make(chan struct{}, 1),
 	}
-	r.buffers.budget = r.limits.budget
+	r.buffers.budget = &budget{limit: o.queueTotal}
 	r.registry.relay = r
 	r.metrics = newMetrics(id, build, instance, r.buffers.budget)
 	r.fallback = newGoPoller(r)
