@@ -3,6 +3,7 @@ package main
 import (
 	"fmt"
 	"net"
+	"runtime"
 	"slices"
 	"strings"
 	"sync"
@@ -264,7 +265,7 @@ func TestSlowBinary(t *testing.T) {
 			defer server.mu.Unlock()
 			return len(server.waiters) == phones
 		})
-		if n := r.buffers.budget.used(); n > 4*pauseAt {
+		if n := r.buffers.budget.used(); n > 512<<10 { // pauseAt, and what was read of each phone
 			t.Errorf("%d bytes are kept for a slow binary", n)
 		}
 		for range phones * frames {
@@ -279,6 +280,129 @@ func TestSlowBinary(t *testing.T) {
 		senders.Wait()
 		r.settle("nothing is kept", func() bool { return r.buffers.budget.used() == 0 })
 	})
+}
+
+// What phones that flood their binary have in front of a phone that sends little
+// is bounded, however many they are: they wait, and come back one by one.
+func TestSlowBinaryIsFair(t *testing.T) {
+	t.Parallel()
+	const flooders, size = 15, 64 << 10
+	r := startRelay(t, testOptions())
+	b, bs, light, _, bt := memPair(t, r.relay)
+	phones, socks := make([]*session, flooders), make([]*memSocket, flooders)
+	for i := range phones {
+		phones[i], socks[i] = memPhone(t, r.relay, "server", fmt.Sprint("flooder-", i))
+		defer phones[i].release(bt)
+	}
+	bs.full = true
+	flood := func(ph *session, n int) {
+		for range n {
+			if !ph.paused {
+				ph.message(bt, opText, []byte(numbered(0, size)))
+			}
+		}
+		bt.flush()
+	}
+	for _, ph := range phones {
+		flood(ph, 5)
+		if !ph.paused {
+			t.Error("a phone that floods is not held back")
+		}
+	}
+	for round := range flooders {
+		bs.full, bs.discard = false, true
+		b.writable(bt) // it takes all
+		bt.flush()
+		bs.full = true
+		turns := 0
+		for i, ph := range phones {
+			if socks[i].resumes > 0 {
+				socks[i].resumes = 0
+				turns++
+				ph.unpause(bt)
+				flood(ph, 5)
+			}
+		}
+		b.mu.Lock()
+		front := b.out.n
+		b.mu.Unlock()
+		if turns != 1 || front > pauseAt+size+1000 {
+			t.Fatalf("round %d: %d phones had a turn, and %d bytes wait", round, turns, front)
+		}
+		light.message(bt, opText, []byte(`"small"`))
+		bt.flush()
+		if light.paused {
+			t.Fatalf("round %d: a phone that has sent one small frame is held back", round)
+		}
+	}
+	if n := len(b.waiters); n != flooders {
+		t.Errorf("%d phones wait, want %d", n, flooders)
+	}
+	for _, ph := range phones {
+		if n := ph.rxFrames; n != 0 { // message was called by hand
+			t.Errorf("%d frames were read", n)
+		}
+	}
+}
+
+// A phone whose turn it is, and that sends nothing or ends, keeps nobody waiting.
+func TestSlowBinaryPassesTheTurn(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	b, bs, first, _, bt := memPair(t, r.relay)
+	bs.full = true
+	phones, socks := []*session{first}, []*memSocket{nil}
+	for i := range 4 {
+		ph, s := memPhone(t, r.relay, "server", fmt.Sprint("waits-", i))
+		phones, socks = append(phones, ph), append(socks, s)
+		defer ph.release(bt)
+	}
+	for _, ph := range phones {
+		for !ph.paused {
+			ph.message(bt, opText, []byte(numbered(0, 64<<10)))
+		}
+	}
+	bt.flush()
+	bs.full, bs.discard = false, true
+	phones[2].end(bt, endShutdown) // while it waits
+	b.writable(bt)
+	first.unpause(bt) // and has nothing to say
+	bt.flush()
+	if socks[1].resumes != 1 {
+		t.Fatal("the turn was not passed on")
+	}
+	phones[1].unpause(bt)
+	bt.flush()
+	if socks[3].resumes != 1 || socks[4].resumes != 0 {
+		t.Errorf("behind one that has ended the next was called %d times, the one behind that %d", socks[3].resumes, socks[4].resumes)
+	}
+}
+
+// The kernel holds little for a binary that does not read, so that what one phone
+// sends does not stand behind megabytes of another.
+func TestSlowBinaryFillsNoKernelBuffer(t *testing.T) {
+	t.Parallel()
+	if runtime.GOOS != "linux" || runtime.GOARCH == "386" {
+		t.Skip("the goroutine poller leaves the socket as it is")
+	}
+	o := testOptions()
+	o.ping, o.writeTimeout = time.Hour, time.Minute
+	r := startRelay(t, o)
+	_, ph, _ := r.pair("slow")
+	go func() {
+		for err := error(nil); err == nil; {
+			_, err = ph.nc.Write(clientFrame(last, opText, []byte(numbered(0, 16<<10))))
+		}
+	}()
+	server := r.holder("slow")
+	r.settle("the phone waits for its binary", func() bool {
+		server.mu.Lock()
+		defer server.mu.Unlock()
+		return len(server.waiters) == 1
+	})
+	if n := r.metrics.bytesUp.Load(); n > 512<<10 {
+		t.Errorf("%d bytes were taken for a binary that reads none", n)
+	}
 }
 
 // Bytes that turn out to wait take nothing of what is kept for those that pass:

@@ -1,16 +1,19 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"encoding/json"
 	"fmt"
 	"io"
 	"log/slog"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 )
 
 // Where it tells something, the same work done the usual way stands beside it
@@ -313,6 +316,82 @@ func BenchmarkPipelined(b *testing.B) {
 			b.ReportMetric(float64(b.Elapsed().Nanoseconds())/float64(b.N*count), "ns/frame")
 		})
 	}
+}
+
+// BenchmarkNeighbor is the round trip of a phone whose binary reads 8 MB/s, as a
+// daemon does, while so many of its other phones send as fast as they can.
+func BenchmarkNeighbor(b *testing.B) {
+	for _, flooders := range []int{0, 2, 15} {
+		for _, size := range []int{4 << 10, 64 << 10} {
+			b.Run(fmt.Sprintf("%d-flooders-of-%d", flooders, size), func(b *testing.B) { benchNeighbor(b, flooders, size) })
+		}
+	}
+}
+
+func benchNeighbor(b *testing.B, flooders, size int) {
+	r := startRelay(b, testOptions())
+	binary, neighbor, connID := r.pair("server")
+	flood, _ := costMessages(size, connID)
+	flood = bytes.Repeat(flood, max(1, 64<<10/size))
+	phones := make([]*wsClient, flooders)
+	for i := range phones {
+		phones[i] = r.phone("server")
+		phones[i].greet(binary)
+	}
+	var others sync.WaitGroup
+	defer others.Wait()
+	for _, ph := range phones {
+		defer ph.nc.Close()
+		ph.nc.SetDeadline(time.Time{})
+		others.Go(func() {
+			for err := error(nil); err == nil; {
+				_, err = ph.nc.Write(flood)
+			}
+		})
+	}
+	binary.br = bufio.NewReaderSize(&pacedReader{from: binary.nc, rate: 8e6, next: time.Now()}, 16<<10)
+	defer binary.nc.Close()
+	others.Go(func() {
+		for {
+			_, m, err := binary.next()
+			if err != nil {
+				return
+			}
+			if bytes.Contains(m[:min(60, len(m))], []byte(`"frame":"ask"`)) {
+				binary.nc.Write(clientFrame(last, opText, []byte(`{"conn_id":"`+connID+`","frame":"answer"}`)))
+			}
+		}
+	})
+	time.Sleep(300 * time.Millisecond) // until every buffer is full
+	var took []time.Duration
+	for b.Loop() {
+		start := time.Now()
+		neighbor.text(`"ask"`)
+		if m := neighbor.message(); m != `"answer"` {
+			b.Fatalf("got %q", m)
+		}
+		took = append(took, time.Since(start))
+	}
+	slices.Sort(took)
+	b.ReportMetric(float64(took[len(took)/2].Microseconds())/1000, "p50-ms")
+	b.ReportMetric(float64(took[len(took)*99/100].Microseconds())/1000, "p99-ms")
+}
+
+// pacedReader reads so many bytes a second.
+type pacedReader struct {
+	from io.Reader
+	rate float64
+	next time.Time
+}
+
+func (p *pacedReader) Read(b []byte) (int, error) {
+	time.Sleep(time.Until(p.next))
+	n, err := p.from.Read(b)
+	if most := time.Now().Add(-10 * time.Millisecond); p.next.Before(most) { // what it may catch up on
+		p.next = most
+	}
+	p.next = p.next.Add(time.Duration(float64(n) / p.rate * 1e9))
+	return n, err
 }
 
 // BenchmarkFanOut is a stream of 4 KiB messages to eight phones in turn. What

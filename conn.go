@@ -26,11 +26,12 @@ const (
 	growth = 4
 	// flushAt bounds what a batch gathers for one peer before it is written.
 	flushAt = 64 << 10
-	// pauseAt and resumeAt: a binary that has this much to take is
-	// back-pressure on its phones. Enough to keep a fast one busy, and small
-	// beside -queue-total.
-	pauseAt  = 256 << 10
-	resumeAt = 64 << 10
+	// pauseAt and resumeAt: a binary that has this much to take is back-pressure on
+	// those of its phones that have more in it than one small frame; from resumeAt
+	// down they come back one by one. That keeps a fast binary busy, and a frame of
+	// a phone that sends little waits for no more than this.
+	pauseAt  = 96 << 10
+	resumeAt = 32 << 10
 	// maxPongs bounds the pongs that wait for a peer that pings and does not
 	// read; beyond it only the latest is kept (RFC 6455 §5.5.3).
 	maxPongs = 4 << 10
@@ -102,6 +103,7 @@ type conn struct {
 	fragments   *buffer // of the message under way
 	messageOp   byte    // of their first
 	paused      bool    // the owner wants no more messages before resume
+	behind      *conn   // the binary that it is paused for, if any
 	ignoreInput bool    // the stream broke a rule: nothing in it means anything any more
 	rxFrames    uint32
 	rxBytes     uint64
@@ -155,7 +157,9 @@ func (w *writeBatch) flush() {
 		fits := c.flushNew(w)
 		woken := c.drained()
 		c.mu.Unlock()
-		wake(woken)
+		if woken != nil {
+			woken.sock.resume()
+		}
 		if !fits {
 			c.end(w, endMemoryLimit)
 		}
@@ -190,21 +194,29 @@ func (c *conn) init(r *relay, owner handler, role role, addr netip.Addr) {
 }
 
 // pause keeps the reader from this connection until somebody calls resume on
-// its socket. Called by the owner, on the reader, from within message.
-func (c *conn) pause() {
+// its socket. Called by the owner, on the reader, from within message. It may be
+// one of several that wait behind the same peer.
+func (c *conn) pause(behind *conn) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	// Whoever ends a connection resumes it, once: after that it is too late to pause.
 	if c.is(connOpen) {
-		c.paused, c.suspended = true, true
+		c.paused, c.suspended, c.behind = true, true, behind
 	}
 }
 
-// unpause undoes pause. Called by the reader.
-func (c *conn) unpause(now int64) {
+// unpause undoes pause. Called by the reader, which then reads and flushes w: by
+// that the next one behind the same peer gets its turn.
+func (c *conn) unpause(w *writeBatch) {
 	c.paused = false
 	if c.messageStart.Load() != 0 {
-		c.messageStart.Store(now)
+		c.messageStart.Store(w.now)
+	}
+	if b := c.behind; b != nil {
+		c.behind = nil
+		b.mu.Lock()
+		w.addLocked(b)
+		b.mu.Unlock()
 	}
 	c.mu.Lock()
 	c.suspended = false

@@ -34,7 +34,7 @@ func TestPauseAfterEnd(t *testing.T) {
 	b := c.relay.newBatch()
 	// Grace runs out, say, while the reader is about to pause.
 	c.end(b, endGraceExpired)
-	c.pause()
+	c.pause(nil)
 	b.flush()
 	if p.reason != endGraceExpired {
 		t.Errorf("ended with %q, want %q", p.reason, endGraceExpired)
@@ -47,7 +47,7 @@ func TestPauseAfterEnd(t *testing.T) {
 func TestAbortFindsPausedReader(t *testing.T) {
 	t.Parallel()
 	c, s, _ := bareConn(t, testOptions())
-	c.pause()
+	c.pause(nil)
 	c.abort()
 	if s.aborts != 1 || s.resumes != 1 {
 		t.Errorf("aborted %d times and resumed %d times, want once each", s.aborts, s.resumes)

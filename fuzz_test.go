@@ -27,7 +27,7 @@ func (p *streamPeer) message(_ *writeBatch, op byte, b []byte) {
 	p.messages = append(p.messages, fmt.Sprintf("%d %x", op, b))
 	clear(b) // an owner may change what it gets
 	if p.pauses.IntN(4) == 0 {
-		p.pause()
+		p.pause(nil)
 	}
 }
 
@@ -193,7 +193,7 @@ func checkStream(t *testing.T, r *relay, stream []byte, random *rand.Rand) {
 				shared[i] = 0xaa
 			}
 			for p.paused {
-				p.unpause(b.now)
+				p.unpause(b)
 				p.receive(b, nil)
 				b.flush()
 			}

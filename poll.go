@@ -82,7 +82,7 @@ func (s *goSocket) read(first []byte) {
 			s.resumed = false
 			s.mu.Unlock()
 			w.now = r.now()
-			c.unpause(w.now)
+			c.unpause(w)
 			c.receive(w, nil)
 			w.flush()
 			continue

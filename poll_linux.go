@@ -35,6 +35,12 @@ const (
 	// epollEvents is how many connections one wake-up may serve before the
 	// batch is flushed.
 	epollEvents = 128
+	// mostUnsent is what the kernel may hold for a binary beyond what is under way
+	// to it. Left alone it takes megabytes, which phones that flood a binary fill,
+	// and in which every frame of another phone stands in line.
+	mostUnsent = 32 << 10
+	// tcpNotSentLowAt is TCP_NOTSENT_LOWAT (tcp(7)), which package syscall lacks.
+	tcpNotSentLowAt = 25
 	// edgeTriggered is EPOLLET, which package syscall has as a negative number
 	// on some architectures.
 	edgeTriggered = 1 << 31
@@ -143,6 +149,9 @@ func (l *epollLoop) bind(c *conn, nc net.Conn) error {
 	if err != nil {
 		return fmt.Errorf("taking over a socket: %w", err)
 	}
+	if c.passing == priorityBinary {
+		syscall.SetsockoptInt(s.fd, syscall.IPPROTO_TCP, tcpNotSentLowAt, mostUnsent) // an old kernel's binary is the slower one
+	}
 	c.sock = s
 	return nil
 }
@@ -240,7 +249,7 @@ func (l *epollLoop) run() {
 		l.inbox = nil
 		l.mu.Unlock()
 		for _, c := range posted {
-			c.unpause(w.now)
+			c.unpause(w)
 			l.read(c)
 		}
 		l.readOn()

@@ -443,6 +443,8 @@ type session struct {
 	graceQueue    *graceQueue // what a phone that joined in grace has sent since, nil for others
 	contendsSince int64       // relay clock since which a binary waits for the server-id, 0 if it does not
 	challengedAt  int64       // relay clock of the first challenge that a binary has not answered, 0 if none
+
+	pushed uint64 // its binary's queued behind a phone's last frame; guarded by that one's mu
 }
 
 // newSession makes a session that has no socket yet.
@@ -536,6 +538,7 @@ func (s *session) toBinary(w *writeBatch, p []byte) {
 	head := appendEnvelopeHead(room[:0], s.id)
 	srv := s.server
 	reason, wait := endNone, false
+	var behind *conn
 	srv.mu.Lock()
 	b := srv.binary
 	switch {
@@ -547,8 +550,11 @@ func (s *session) toBinary(w *writeBatch, p []byte) {
 	case b != nil:
 		b.mu.Lock()
 		srv.mu.Unlock()
+		light := b.isOut(s.pushed) && len(p) < directWrite
 		reason = b.push(w, 0, head, p, envelopeTail)
-		if wait = b.out.n >= pauseAt; wait {
+		s.pushed = b.queued
+		if wait = b.out.n >= pauseAt && !light; wait {
+			behind = &b.conn
 			b.waiters = append(b.waiters, &s.conn)
 		}
 		b.mu.Unlock()
@@ -567,7 +573,7 @@ func (s *session) toBinary(w *writeBatch, p []byte) {
 		reason = endBinaryGone
 	}
 	if wait {
-		s.pause()
+		s.pause(behind)
 	}
 	if reason != endNone {
 		s.end(w, reason)

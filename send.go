@@ -1,6 +1,9 @@
 package main
 
-import "time"
+import (
+	"slices"
+	"time"
+)
 
 // ---- writing: any goroutine ----
 
@@ -197,13 +200,20 @@ func (c *conn) flushed(now int64) {
 
 func (c *conn) closeAfter(now int64, d time.Duration) { c.closeDeadline = now + int64(d) }
 
-// drained hands out the phones that waited for this binary once it has taken
-// enough, mu held. The caller wakes them without the lock.
-func (c *conn) drained() (woken []*conn) {
-	if len(c.waiters) > 0 && c.out.n <= resumeAt {
-		woken, c.waiters = c.waiters, nil
+// drained hands out the phone that has waited longest for this binary once that
+// has taken enough, mu held; the next comes when this one has had its turn
+// (unpause) or has ended, of which the binary is told. Else all would send at
+// once, and a frame of a phone that sends little would stand behind one of each.
+// The caller wakes it without the lock.
+func (c *conn) drained() (woken *conn) {
+	for len(c.waiters) > 0 && c.out.n <= resumeAt {
+		woken = c.waiters[0]
+		c.waiters = slices.Delete(c.waiters, 0, 1)
+		if woken.is(connOpen) {
+			return woken
+		}
 	}
-	return woken
+	return nil
 }
 
 // writable: the socket takes bytes again. Called by the reader.
@@ -220,7 +230,9 @@ func (c *conn) writable(w *writeBatch) {
 	c.flush(w)
 	woken := c.drained()
 	c.mu.Unlock()
-	wake(woken)
+	if woken != nil {
+		woken.sock.resume()
+	}
 }
 
 // isOut reports whether everything queued up to end has been written, mu held.
