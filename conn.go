@@ -66,9 +66,10 @@ type handler interface {
 	// ended is called once, when the end is decided and before the connection
 	// has taken leave of its peer.
 	ended(w *writeBatch, reason closeReason, code uint16)
-	// checkChallenge is called while conn.challenged is set: by the reader when the
-	// peer was heard, and by the sweeper.
-	checkChallenge(w *writeBatch, heard bool)
+	// answered and overdue are called while conn.challenged is set: the one by the
+	// reader when the peer was heard, the other by each sweep.
+	answered(w *writeBatch)
+	overdue(w *writeBatch)
 	// closed is called once, when the socket is gone. Called by the reader.
 	closed(w *writeBatch)
 }
@@ -318,7 +319,7 @@ func (c *conn) checkTimeouts(w *writeBatch) {
 	if reason != endNone {
 		c.end(w, reason)
 	} else if c.challenged.Load() {
-		c.owner.checkChallenge(w, false)
+		c.owner.overdue(w)
 	}
 }
 

@@ -17,7 +17,8 @@ type idlePeer struct{ reason closeReason }
 
 func (p *idlePeer) message(*writeBatch, byte, []byte)            {}
 func (p *idlePeer) ended(_ *writeBatch, r closeReason, _ uint16) { p.reason = r }
-func (p *idlePeer) checkChallenge(*writeBatch, bool)             {}
+func (p *idlePeer) answered(*writeBatch)                         {}
+func (p *idlePeer) overdue(*writeBatch)                          {}
 func (p *idlePeer) closed(*writeBatch)                           {}
 
 // bareConn is a connection of which a test is the reader and the poller.

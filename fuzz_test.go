@@ -37,7 +37,8 @@ func (p *streamPeer) ended(_ *writeBatch, reason closeReason, code uint16) {
 
 func (p *streamPeer) closed(*writeBatch) { p.closes++ }
 
-func (p *streamPeer) checkChallenge(*writeBatch, bool) {}
+func (p *streamPeer) answered(*writeBatch) {}
+func (p *streamPeer) overdue(*writeBatch)  {}
 
 // streamModel is what has to come of a stream.
 type streamModel struct {

@@ -42,33 +42,6 @@ const (
 	linesPerSecond = 5
 )
 
-// limits bounds upgrades. It is safe for concurrent use.
-type limits struct {
-	rates
-	most    int64        // live connections
-	current atomic.Int64 // live connections and upgrades under way
-}
-
-func newLimits(o options, now func() time.Time) *limits {
-	l := &limits{most: int64(o.maxConnections)}
-	if o.ratePerMinute > 0 {
-		interval := int64(time.Minute) / int64(o.ratePerMinute)
-		l.rates = rates{now: now, start: now(), interval: interval, slack: interval * int64(o.rateBurst-1), seen: map[netip.Addr]int64{}}
-	}
-	return l
-}
-
-// acquireConn counts a connection in; false when all are taken.
-func (l *limits) acquireConn() bool {
-	if l.current.Add(1) > l.most {
-		l.current.Add(-1)
-		return false
-	}
-	return true
-}
-
-func (l *limits) releaseConn() { l.current.Add(-1) }
-
 // rates are token buckets, one for each address, kept as the moment at which the
 // bucket is full again (the generic cell rate algorithm): one number each, and
 // a bucket that is full need not be remembered. The zero value lets all through.
@@ -81,6 +54,14 @@ type rates struct {
 	mu    sync.Mutex           // guards what follows
 	seen  map[netip.Addr]int64 // nanoseconds after start at which the bucket is full
 	swept int64                // nanoseconds after start
+}
+
+func newRates(o options, now func() time.Time) *rates {
+	if o.ratePerMinute == 0 {
+		return new(rates)
+	}
+	interval := int64(time.Minute) / int64(o.ratePerMinute)
+	return &rates{now: now, start: now(), interval: interval, slack: interval * int64(o.rateBurst-1), seen: map[netip.Addr]int64{}}
 }
 
 func (r *rates) allow(addr netip.Addr) (ok bool, wait time.Duration) {

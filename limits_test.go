@@ -139,7 +139,7 @@ func (c *testClock) now() time.Time          { return c.at }
 func (c *testClock) advance(d time.Duration) { c.at = c.at.Add(d) }
 
 // testRates are buckets of 10 a minute with a burst of 20, the defaults.
-func testRates(clock *testClock) *rates { return &newLimits(defaultOptions(), clock.now).rates }
+func testRates(clock *testClock) *rates { return newRates(defaultOptions(), clock.now) }
 
 func addrNumber(i int) netip.Addr {
 	return netip.AddrFrom4([4]byte{11, byte(i >> 16), byte(i >> 8), byte(i)})
@@ -203,7 +203,7 @@ func TestRatesWait(t *testing.T) {
 
 func TestRatesOff(t *testing.T) {
 	t.Parallel()
-	l := newLimits(testOptions(), newTestClock().now)
+	l := newRates(testOptions(), newTestClock().now)
 	for range 1000 {
 		if ok, _ := l.allow(addrNumber(1)); !ok {
 			t.Fatal("refused with -rate-per-minute 0")
@@ -256,38 +256,6 @@ func TestRatesEviction(t *testing.T) {
 	// Of eight buckets the fullest goes, which the emptiest of all never is.
 	if ok, _ := r.allow(greedy); ok {
 		t.Error("the emptiest bucket was forgotten")
-	}
-}
-
-func TestConnectionCap(t *testing.T) {
-	t.Parallel()
-	o := testOptions()
-	o.maxConnections = 100
-	l := newLimits(o, time.Now)
-	var got atomic.Int64
-	var wg sync.WaitGroup
-	for range 8 {
-		wg.Go(func() {
-			for range 50 {
-				if l.acquireConn() {
-					got.Add(1)
-				}
-			}
-		})
-	}
-	wg.Wait()
-	if got.Load() > 100 || l.current.Load() != got.Load() {
-		t.Fatalf("%d connections of 100, counted %d", got.Load(), l.current.Load())
-	}
-	for l.acquireConn() {
-		got.Add(1)
-	}
-	if got.Load() != 100 {
-		t.Fatalf("%d connections, want 100", got.Load())
-	}
-	l.releaseConn()
-	if !l.acquireConn() || l.acquireConn() {
-		t.Fatal("a place that was given back is not exactly one place")
 	}
 }
 

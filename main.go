@@ -227,7 +227,7 @@ func newServer(h http.Handler, r *relay) *http.Server {
 func stop(r *relay, doors map[net.Listener]*http.Server, signals <-chan os.Signal, deadline time.Duration) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), deadline)
 	defer cancel()
-	r.beginDrain()
+	r.draining.Store(true)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)

@@ -205,7 +205,7 @@ func TestMetricsCount(t *testing.T) {
 		want[`closes_total{leg="binary",reason="closed by peer"}`]++
 		wantEvents(t, r, want)
 
-		r.beginDrain()
+		r.draining.Store(true)
 		if _, resp, err := r.dial("/v1/client", phoneHeaders("s")); err != nil || resp.StatusCode != 503 {
 			t.Fatalf("while draining: %v, %v", resp, err)
 		}

@@ -3,6 +3,7 @@ package main
 import (
 	"container/list"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"sync"
@@ -14,25 +15,20 @@ import (
 // It lives in this process's memory and nowhere else, which is why there must
 // be one instance only (docs/architecture.md, Single-instance constraint).
 //
-// Every decision is made under one entry's lock and compares identity, never
+// Every decision is made under one server's lock and compares identity, never
 // only the id: a late end of an old connection changes nothing for its
 // successor. Under that lock bytes are queued, never written.
 
 type registry struct {
 	relay   *relay
-	servers sync.Map // server-id → *entry
+	servers sync.Map // server-id → *server
 	recent  recentClaims
 	checks  atomic.Int64 // claims by the checks of other relays and by probes, among those in the gauges
 
+	// Grace is how long a server-id stays its binary's after the connection ended. All
+	// are equally long, so they end in the order in which they began.
 	graceMu sync.Mutex // guards what follows
-	graces  list.List  // of *grace, the next to end in front; one for each server in grace
-}
-
-// grace is how long a server-id stays its binary's after the connection ended. All
-// are equally long, so they end in the order in which they began.
-type grace struct {
-	srv *server
-	end int64 // relay clock
+	graces  list.List  // of *server, the next to end in front
 }
 
 // gracesPerConnection bounds how many graces run at once, as a multiple of
@@ -43,7 +39,7 @@ type grace struct {
 // counts for the connections.
 const gracesPerConnection = 4
 
-// entry is a server-id that is held, or was until a moment ago.
+// server is a server-id that is held, or was until a moment ago.
 type server struct {
 	id    string
 	probe bool // the relay's own check of its public name: counted nowhere
@@ -54,6 +50,7 @@ type server struct {
 	contenders []*session          // they wait for binary to fall silent or end, in order of arrival
 	freed      int64               // relay clock of the last binary's end
 	grace      *list.Element       // in registry.graces, nil while held
+	graceEnd   int64               // relay clock; guarded by registry.graceMu
 	phones     map[string]*session // by conn_id
 	waiters    []*conn             // phones that joined in grace and whose held frames reached the limit
 }
@@ -130,9 +127,9 @@ func (b *session) contends() bool {
 	return b.contendsSince != 0
 }
 
-// answered ends b's challenge, because b was heard: if it holds the server-id,
-// whoever has challenged it is refused.
-func (g *registry) answered(w *writeBatch, b *session) {
+// answered is handler's: it ends b's challenge, because b was heard. If it holds the server-id,
+// those that have challenged it are refused.
+func (b *session) answered(w *writeBatch) {
 	srv := b.server
 	srv.mu.Lock()
 	at := b.challengedAt
@@ -153,13 +150,14 @@ func (g *registry) answered(w *writeBatch, b *session) {
 	srv.challenge(w)
 	srv.mu.Unlock()
 	for _, c := range refused {
-		g.relay.refuseSession(w, c, srv.id, endAlreadyClaimed, endAlreadyClaimed.String())
+		w.relay.refuseSession(w, c, srv.id, endAlreadyClaimed, endAlreadyClaimed.String())
 	}
 }
 
-// overdue gives b's claim to the first contender once b has been silent for too
+// overdue is handler's: it gives b's claim to the first contender once b has been silent for too
 // long. That one may owe an answer just as long.
-func (g *registry) overdue(w *writeBatch, b *session) {
+func (b *session) overdue(w *writeBatch) {
+	g := &w.relay.registry
 	srv := b.server
 	srv.mu.Lock()
 	for srv.binary == b && len(srv.contenders) > 0 {
@@ -176,18 +174,18 @@ func (g *registry) overdue(w *writeBatch, b *session) {
 	srv.mu.Unlock()
 }
 
-// entry finds or makes the entry of a server-id.
+// serverFor finds or makes the server of an id.
 func (g *registry) serverFor(id string, probe bool) *server {
-	if e, ok := g.servers.Load(id); ok {
-		return e.(*server)
+	v, ok := g.servers.Load(id)
+	if !ok {
+		id = strings.Clone(id) // it is a part of its request's header, which would stay as long
+		v, _ = g.servers.LoadOrStore(id, &server{id: id, probe: probe, phones: map[string]*session{}})
 	}
-	id = strings.Clone(id) // it is a part of its request's header, which would stay as long
-	e, _ := g.servers.LoadOrStore(id, &server{id: id, probe: probe, phones: map[string]*session{}})
-	return e.(*server)
+	return v.(*server)
 }
 
-// install makes b the holder of e, whose lock the caller holds; it returns
-// without the lock. Phones that the previous binary knew are closed: the new
+// install makes b the holder of srv, whose mu the caller holds, and has no longer
+// afterwards. Phones that the previous binary knew are closed: the new
 // one has no session for them. Those that joined in grace stay, and what they
 // sent meanwhile goes out first.
 func (g *registry) install(w *writeBatch, srv *server, b *session) {
@@ -206,10 +204,10 @@ func (g *registry) install(w *writeBatch, srv *server, b *session) {
 	srv.binary = b
 	b.contendsSince = 0
 	// Before anybody can end b: the line of its end comes behind this one.
-	b.logConnected()
+	b.log("connected", "addr", b.addr)
 	var closing []*session
 	b.mu.Lock()
-	for id, ph := range srv.phones {
+	for _, ph := range srv.phones {
 		if old == nil && ph.graceQueue != nil {
 			b.queued += uint64(ph.graceQueue.n)
 			b.txFrames += ph.graceQueue.frames
@@ -220,13 +218,11 @@ func (g *registry) install(w *writeBatch, srv *server, b *session) {
 			ph.graceQueue = nil
 			continue
 		}
-		delete(srv.phones, id)
-		ph.letGo()
+		g.remove(srv, ph)
 		closing = append(closing, ph)
 	}
 	w.addLocked(&b.conn)
 	b.mu.Unlock()
-	g.count(srv, &r.metrics.connectedPhones, -int64(len(closing)))
 	srv.challenge(w)
 	woken := srv.waiters
 	srv.waiters = nil
@@ -267,7 +263,8 @@ func (g *registry) release(w *writeBatch, b *session) {
 		return
 	}
 	g.graceMu.Lock()
-	srv.grace = g.graces.PushBack(&grace{srv, w.now + int64(g.relay.o.grace)})
+	srv.graceEnd = w.now + int64(g.relay.o.grace)
+	srv.grace = g.graces.PushBack(srv)
 	g.graceMu.Unlock()
 	g.count(srv, &g.relay.metrics.binariesInGrace, 1)
 	srv.mu.Unlock()
@@ -283,30 +280,26 @@ func (g *registry) stopGrace(srv *server) {
 	g.count(srv, &g.relay.metrics.binariesInGrace, -1)
 }
 
-// nextGrace takes the next grace that is over at now out of the line, nil for
-// none. Where there are too many the oldest is over.
-func (g *registry) nextGrace(now int64) *list.Element {
-	g.graceMu.Lock()
-	defer g.graceMu.Unlock()
-	el := g.graces.Front()
-	if el == nil || el.Value.(*grace).end > now && g.graces.Len() <= gracesPerConnection*g.relay.o.maxConnections {
-		return nil
-	}
-	g.graces.Remove(el)
-	return el
-}
-
-// expire ends the graces that are over at now, unless the claim was taken meanwhile.
+// expire ends the graces that are over at now, and the oldest where there are too
+// many.
 func (g *registry) expire(w *writeBatch, now int64) {
-	for over := g.nextGrace(now); over != nil; over = g.nextGrace(now) {
-		srv := over.Value.(*grace).srv
-		srv.mu.Lock()
-		if srv.grace == over {
-			g.stopGrace(srv)
-			g.forget(w, srv) // unlocks
-		} else {
-			srv.mu.Unlock()
+	most := gracesPerConnection * g.relay.o.maxConnections
+	for {
+		g.graceMu.Lock()
+		oldest := g.graces.Front()
+		if oldest == nil || oldest.Value.(*server).graceEnd > now && g.graces.Len() <= most {
+			g.graceMu.Unlock()
+			return
 		}
+		srv := g.graces.Remove(oldest).(*server)
+		g.graceMu.Unlock()
+		srv.mu.Lock()
+		if srv.grace != oldest { // the claim was taken just now
+			srv.mu.Unlock()
+			continue
+		}
+		g.stopGrace(srv)
+		g.forget(w, srv) // unlocks
 	}
 }
 
@@ -318,11 +311,9 @@ func (g *registry) forget(w *writeBatch, srv *server) {
 	if !srv.probe {
 		g.recent.note(srv.id, srv.freed)
 	}
-	g.count(srv, &g.relay.metrics.connectedPhones, -int64(len(srv.phones)))
-	closing := srv.phones
-	srv.phones = nil
+	closing := slices.Collect(maps.Values(srv.phones))
 	for _, ph := range closing {
-		ph.letGo()
+		g.remove(srv, ph)
 	}
 	srv.mu.Unlock()
 	for _, ph := range closing {
@@ -374,7 +365,7 @@ func (g *registry) absent(id string) (closeReason, string) {
 	return endNeverSeen, fmt.Sprintf("%s since this relay started %v ago", endNeverSeen, ago(0))
 }
 
-// leave takes a phone whose end is decided out of its entry. Its binary gets
+// leave takes a phone whose end is decided out of its server. Its binary gets
 // the close notice, behind the phone's last frame, unless the phone was removed
 // before: by the binary itself, by one that reclaimed, or at the end of grace.
 func (g *registry) leave(w *writeBatch, ph *session, code uint16) {
@@ -396,16 +387,11 @@ func (g *registry) leave(w *writeBatch, ph *session, code uint16) {
 	b.mu.Unlock()
 }
 
-// remove takes ph out of e, e.mu held.
+// remove takes ph out of srv, and gives back what its frames for a binary to come
+// occupy, srv.mu held. The caller closes it without the lock.
 func (g *registry) remove(srv *server, ph *session) {
 	delete(srv.phones, ph.id)
 	g.count(srv, &g.relay.metrics.connectedPhones, -1)
-	ph.letGo()
-}
-
-// letGo ends ph's membership and gives back what its frames for a binary to come
-// occupy, server.mu held.
-func (ph *session) letGo() {
 	ph.removed = true
 	if ph.graceQueue != nil {
 		ph.graceQueue.drop(&ph.relay.buffers)
@@ -413,7 +399,7 @@ func (ph *session) letGo() {
 	}
 }
 
-// count moves a gauge, unless e is the relay's own probe. Claims of others' are
+// count moves a gauge, unless srv is the relay's own probe. Claims of others' are
 // told apart by their names, which are no secret: they get nothing by it.
 func (g *registry) count(srv *server, gauge *atomic.Int64, by int64) {
 	if srv.probe {

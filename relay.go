@@ -42,7 +42,7 @@ type relay struct {
 	build    buildVersion
 	log      *slog.Logger
 	metrics  *metrics
-	limits   *limits
+	rates    *rates
 	buffers  bufferPool
 	instance *instanceState
 	probes   *probeKeys
@@ -56,13 +56,13 @@ type relay struct {
 	refusals logGate
 	drops    logGate
 	ignored  untrusted
+	draining atomic.Bool   // nothing new is let in
 	requests atomic.Int64  // connections that net/http serves
 	peak     atomic.Int64  // what peers held at most since memory was given back; written by the sweep
 	quit     chan struct{} // ends the sweep
 	swept    chan struct{} // the sweep has ended
 
-	mu       sync.Mutex // guards what follows
-	draining bool
+	mu       sync.Mutex            // guards what follows
 	live     [roleCount]int        // upgrades under way and connections that are not closed
 	sessions map[*session]struct{} // of these, the ones that are being read
 	empty    chan struct{}         // a role has no connection left; only while draining
@@ -72,7 +72,7 @@ type relay struct {
 func newRelay(o options, id identity, build buildVersion, instance *instanceState, probes *probeKeys, log *slog.Logger) (*relay, error) {
 	r := &relay{
 		o: o, id: id, build: build, log: log, instance: instance, probes: probes,
-		limits:   newLimits(o, time.Now),
+		rates:    newRates(o, time.Now),
 		seed:     maphash.MakeSeed(),
 		started:  time.Now(),
 		clock:    clock{start: time.Now()},
@@ -141,7 +141,7 @@ func (r *relay) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 	case "/healthz":
 		r.health(w)
 	case "/readyz":
-		if r.isDraining() {
+		if r.draining.Load() {
 			http.Error(w, "draining", http.StatusServiceUnavailable)
 			return
 		}
@@ -157,7 +157,7 @@ func (r *relay) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 
 func (r *relay) health(w http.ResponseWriter) {
 	status := "ok"
-	if r.isDraining() {
+	if r.draining.Load() {
 		status = "draining"
 	}
 	w.Header().Set("Content-Type", "application/json")
@@ -224,11 +224,11 @@ func (r *relay) serve(w http.ResponseWriter, q *http.Request, role role) {
 // gates are what stands before an upgrade, in the contract's order. A request that
 // passes them is counted until leave.
 func (r *relay) gates(q *http.Request, who caller) *refusal {
-	if r.isDraining() {
+	if r.draining.Load() {
 		return &refusedDraining
 	}
 	if !who.probe {
-		if ok, wait := r.limits.rates.allow(who.addr); !ok {
+		if ok, wait := r.rates.allow(who.addr); !ok {
 			return &refusal{http.StatusTooManyRequests, upgradeRateLimited, "too many upgrades from this address: wait", wait}
 		}
 	}
@@ -255,7 +255,7 @@ func (r *relay) enter(role role) *refusal {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	switch {
-	case r.draining:
+	case r.draining.Load():
 		return &refusedDraining
 	case r.live[roleBinary]+r.live[rolePhone] >= r.o.maxConnections:
 		return &refusedFull
@@ -268,7 +268,7 @@ func (r *relay) enter(role role) *refusal {
 func (r *relay) leave(role role) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.live[role]--; r.draining && r.live[role] == 0 {
+	if r.live[role]--; r.draining.Load() && r.live[role] == 0 {
 		select {
 		case r.empty <- struct{}{}:
 		default:
@@ -483,7 +483,7 @@ func (r *relay) begin(who caller, nc net.Conn, first, answer []byte) {
 	} else if refused, text := r.registry.join(s, who.serverID); refused != endNone {
 		r.refuseSession(w, s, who.serverID, refused, text)
 	} else {
-		s.logConnected()
+		s.log("connected", "addr", s.addr)
 	}
 	w.flush()
 	r.mu.Lock()
@@ -510,8 +510,6 @@ func (s *session) log(msg string, attrs ...any) {
 	}
 	s.relay.log.Log(context.Background(), level, msg, append([]any{"leg", s.role, "conn", s.id, "server", s.server.id}, attrs...)...)
 }
-
-func (s *session) logConnected() { s.log("connected", "addr", s.addr) }
 
 // message takes a message to the other side.
 func (s *session) message(w *writeBatch, op byte, p []byte) {
@@ -657,15 +655,6 @@ func (s *session) drop(w *writeBatch, level slog.Level, reason dropReason) {
 	}
 	if more, ok := r.drops.allow(w.now); ok {
 		r.log.Log(context.Background(), level, "envelope dropped", "conn", s.id, "server", s.server.id, "reason", reason, "unlogged", more)
-	}
-}
-
-// checkChallenge is handler's: the registry decides what an answer, or none, means.
-func (s *session) checkChallenge(w *writeBatch, heard bool) {
-	if heard {
-		w.relay.registry.answered(w, s)
-	} else {
-		w.relay.registry.overdue(w, s)
 	}
 }
 
@@ -828,24 +817,11 @@ func (r *relay) held() int64 {
 
 // ---- drain ----
 
-func (r *relay) isDraining() bool {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return r.draining
-}
-
-// beginDrain refuses whatever is new from now on.
-func (r *relay) beginDrain() {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	r.draining = true
-}
-
 // drain says goodbye to every phone, then to every binary, and ends the relay.
 // Connections that are left when ctx ends are cut off. Afterwards no goroutine of
 // the relay is left. It is called once.
 func (r *relay) drain(ctx context.Context) {
-	r.beginDrain()
+	r.draining.Store(true)
 	half, always := ctx, context.Background()
 	if end, ok := ctx.Deadline(); ok {
 		// A phone that does not answer must not cost the binaries their word.

@@ -98,7 +98,7 @@ func TestRelayPages(t *testing.T) {
 				t.Errorf("%s: %s %q, want 404 and one line", path, resp.Status, body)
 			}
 		}
-		r.beginDrain()
+		r.draining.Store(true)
 		health("draining")
 		if resp, body := r.ask(get("/readyz")...); resp.StatusCode != 503 || body != "draining\n" {
 			t.Errorf("/readyz while draining: %s %q", resp.Status, body)
@@ -215,9 +215,45 @@ func TestRelayGates(t *testing.T) {
 			}
 		}
 		r.mustDial("/v2/server", from(newcomer(), binaryHeaders("holder")))
-		r.beginDrain()
+		r.draining.Store(true)
 		try(gate{"draining", "POST", known, nil, 503, upgradeDraining, nil})
 	})
+}
+
+func TestRelayConnectionCap(t *testing.T) {
+	t.Parallel()
+	o := testOptions()
+	o.maxConnections = 100
+	r := startRelay(t, o)
+	var got [roleCount]atomic.Int64
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			for range 50 {
+				if role := role(i) % roleCount; r.enter(role) == nil {
+					got[role].Add(1)
+				}
+			}
+		})
+	}
+	wg.Wait()
+	for role := range roleCount {
+		if n := got[role].Load(); r.count(role) != int(n) {
+			t.Errorf("%d connections of the %s leg, counted %d", n, role, r.count(role))
+		}
+	}
+	if n := r.count(roleBinary) + r.count(rolePhone); n != 100 {
+		t.Errorf("%d connections, want 100", n)
+	}
+	r.leave(rolePhone)
+	if r.enter(roleBinary) != nil || r.enter(rolePhone) != &refusedFull {
+		t.Error("a place that was given back is not exactly one place")
+	}
+	for role := range roleCount {
+		for r.count(role) > 0 {
+			r.leave(role)
+		}
+	}
 }
 
 func TestRelayRequestHeaders(t *testing.T) {
@@ -898,7 +934,7 @@ func TestSweepGivesMemoryBack(t *testing.T) {
 // drained drains r within d, and leaves nothing for the end of the test to do.
 func (r *testRelay) drained(d time.Duration) {
 	r.once.Do(func() {
-		r.beginDrain()
+		r.draining.Store(true)
 		r.srv.Close()
 		ctx, cancel := context.WithTimeout(context.Background(), d)
 		defer cancel()

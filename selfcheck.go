@@ -208,7 +208,7 @@ func (l *instanceLock) answer(nc *net.TCPConn) {
 	l.mu.Unlock()
 	if r != nil {
 		info.Uptime = int64(time.Since(r.started) / time.Second)
-		info.Servers, info.Draining = r.metrics.connectedBinaries.Load(), r.isDraining()
+		info.Servers, info.Draining = r.metrics.connectedBinaries.Load(), r.draining.Load()
 	}
 	line, _ := json.Marshal(info) // of strings, numbers and a time: does not fail
 	nc.SetDeadline(time.Now().Add(lockAnswerTime))
