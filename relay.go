@@ -205,7 +205,8 @@ func (r *relay) serve(w http.ResponseWriter, q *http.Request, role role) {
 		who.probe = r.probes.valid(who.serverID, token)
 	}
 	if r.ignored.first(q, r.o.trustedProxies) {
-		r.log.Warn(fmt.Sprintf("X-Forwarded-For from %s ignored: it is not in -trusted-proxies; all who come through it share one rate limit", who.addr))
+		r.log.Warn(fmt.Sprintf("X-Forwarded-For from %s ignored: it is not in -trusted-proxies; "+
+			"all who come through it share one rate limit", who.addr))
 	}
 	if refused := r.gates(q, who); refused != nil {
 		r.refuse(w, who, refused)
@@ -247,7 +248,8 @@ func (r *relay) gates(q *http.Request, who caller) *refusal {
 
 var (
 	refusedDraining = refusal{http.StatusServiceUnavailable, upgradeDraining, "this relay is shutting down: try again", time.Second}
-	refusedFull     = refusal{http.StatusServiceUnavailable, upgradeFull, "this relay has all the connections it may have: try again", 30 * time.Second}
+	refusedFull     = refusal{http.StatusServiceUnavailable, upgradeFull,
+		"this relay has all the connections it may have: try again", 30 * time.Second}
 )
 
 // enter counts an upgrade in.

@@ -840,7 +840,9 @@ func TestSweepHalved(t *testing.T) {
 		{"a wave that stays", []look{{many, false}, {many/2 + 1, false}, {many, false}}},
 		{"once for each half of a wave", []look{{many, false}, {many / 2, true}, {many / 2, false}, {many / 4, true}, {0, true}, {0, false}}},
 		{"all at once", []look{{many, false}, {0, true}, {0, false}}},
-		{"what is left counts from anew", []look{{many, false}, {many / 2, true}, {many/4 + 1, false}, {many, false}, {many/2 + 1, false}, {many / 2, true}}},
+		{"what is left counts from anew", []look{
+			{many, false}, {many / 2, true}, {many/4 + 1, false}, {many, false}, {many/2 + 1, false}, {many / 2, true},
+		}},
 	} {
 		var r relay
 		for i, l := range c.looks {
