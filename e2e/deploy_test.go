@@ -140,7 +140,15 @@ func startDeployedHAProxy(t testing.TB, backend string) (string, func(backend st
 	return "tls:" + addr, func(backend string) {
 		t.Helper()
 		write(backend)
-		p.signal(syscall.SIGUSR2)
+		eventually(t, "haproxy reloads", func() bool {
+			p.signal(syscall.SIGUSR2) // which the master loses if it has only just started
+			for end := time.Now().Add(time.Second); time.Now().Before(end); time.Sleep(5 * time.Millisecond) {
+				if strings.Contains(p.output(), "Reloading HAProxy") {
+					return true
+				}
+			}
+			return false
+		})
 	}
 }
 
@@ -275,9 +283,6 @@ func TestDeployProxiesReload(t *testing.T) {
 			binary.wantFrame(long)
 			binary.send(reply(connID, long))
 			phone.want(long)
-			if e := ask(t, addr, "home"); e.code != 4404 {
-				t.Errorf("a phone of the other relay got %s, want 4404", e)
-			}
 		})
 	}
 }
