@@ -32,9 +32,6 @@ const (
 	// a phone that sends little waits for no more than this.
 	pauseAt  = 96 << 10
 	resumeAt = 32 << 10
-	// maxPongs bounds the pongs that wait for a peer that pings and does not
-	// read; beyond it only the latest is kept (RFC 6455 §5.5.3).
-	maxPongs = 4 << 10
 )
 
 // errAgain: the socket takes or has no more for now.
@@ -112,13 +109,10 @@ type conn struct {
 	// Guarded by mu.
 	mu            sync.Mutex
 	out           queue
-	pong          []byte // the latest that found no room
-	pongs         int    // bytes of pongs among those queued up to pongEnd
+	pong          []byte // the answer to the latest ping while the socket takes nothing, nil for none
 	txFrames      uint32
 	txBytes       uint64 // payload
 	queued        uint64 // bytes ever queued
-	pongEnd       uint64 // value of queued behind the last pong
-	pingEnd       uint64 // and behind the last ping
 	blockedSince  int64  // relay clock since the socket takes nothing, 0 while it does
 	closeDeadline int64  // relay clock at which the state's patience ends, 0 for none
 	pingAt        int64  // relay clock of the next ping
@@ -307,10 +301,10 @@ func (c *conn) checkTimeouts(w *writeBatch) {
 		reason = endMessageTimeout
 	case w.now >= c.pingAt:
 		switch silent := c.pinged && c.reads.Load() == c.pingMark && !c.suspended; {
-		case silent && c.isOut(c.pingEnd):
+		case c.out.n > 0:
+			c.pinged = false // what would a ping behind all that ask? The next one has a whole interval
+		case silent:
 			reason = endHeartbeat
-		case silent: // how could it answer: the ping waits behind a backlog
-			c.pingAt = w.now + int64(o.ping)
 		default:
 			c.ping(w)
 		}
@@ -333,7 +327,6 @@ func (c *conn) ping(w *writeBatch) {
 	if !c.pinged || c.reads.Load() != c.pingMark || c.suspended {
 		c.pinged, c.pingMark = true, c.reads.Load()
 		c.pingAt = w.now + int64(c.relay.o.ping)
-		c.pingEnd = c.queued
 	}
 	w.addLocked(c)
 }

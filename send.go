@@ -135,11 +135,6 @@ func (c *conn) flush(w *writeBatch) {
 		clear(w.views[:nv])
 		c.out.discard(&c.relay.buffers, n)
 		c.wrote(w, err)
-		if c.out.n == 0 && c.pong != nil {
-			p := c.pong
-			c.pong = nil
-			c.queuePong(p)
-		}
 	}
 	if c.out.n == 0 {
 		c.flushed(w.now)
@@ -168,8 +163,8 @@ func (c *conn) cut() {
 // room only when a good part of the send buffer is free, for which a slow peer
 // may need longer than it has: the socket itself is asked before it is given up.
 func (c *conn) stuck(w *writeBatch) bool {
+	c.unblock()
 	queued := c.out.n
-	c.blockedSince = 0
 	c.flush(w)
 	w.addLocked(c) // to wake who waits for it
 	return c.out.n == queued
@@ -223,7 +218,7 @@ func (c *conn) writable(w *writeBatch) {
 		c.mu.Unlock()
 		return
 	}
-	c.blockedSince = 0
+	c.unblock()
 	if c.is(connClosing) && !c.sentClose {
 		c.closeAfter(w.now, c.relay.o.writeTimeout) // slow is not silent
 	}
@@ -238,33 +233,35 @@ func (c *conn) writable(w *writeBatch) {
 // isOut reports whether everything queued up to end has been written, mu held.
 func (c *conn) isOut(end uint64) bool { return c.queued-uint64(c.out.n) >= end }
 
+// unblock notes that the socket takes bytes again, mu held. Of the pings that came
+// meanwhile the latest is answered (RFC 6455 §5.5.3).
+func (c *conn) unblock() {
+	c.blockedSince = 0
+	if c.pong != nil {
+		c.queueControl(opPong, c.pong)
+		c.pong = nil
+	}
+}
+
 // sendPong answers a ping.
 func (c *conn) sendPong(w *writeBatch, p []byte) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	if !c.is(connOpen) {
+	switch {
+	case !c.is(connOpen):
 		return
-	}
-	if c.isOut(c.pongEnd) {
-		c.pongs = 0 // every pong before this one is out
-	}
-	if c.pongs >= maxPongs {
-		c.pong = append(c.pong[:0], p...)
+	case c.blockedSince != 0:
+		c.pong = append([]byte{}, p...) // an empty one is not nil
 		return
+	case c.out.n >= flushAt: // a flood of pings in one batch
+		c.flush(w)
 	}
-	c.queuePong(p)
+	c.queueControl(opPong, p)
 	w.addLocked(c)
 }
 
-// queuePong appends a pong, mu held.
-func (c *conn) queuePong(p []byte) {
-	c.queueControl(opPong, p)
-	c.pongs += len(p) + 2
-	c.pongEnd = c.queued
-}
-
 // queueControl appends a control frame, mu held. It is never refused: pings are
-// ours, a close comes once, and pongs are bounded by maxPongs.
+// ours, and of pongs none is added while the socket takes nothing.
 func (c *conn) queueControl(op byte, p []byte) {
 	var b [2 + maxControl]byte
 	f := append(appendFrameHeader(b[:0], op, len(p)), p...)

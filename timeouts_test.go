@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -197,8 +198,8 @@ func TestWriteDeadlineOfASlowPeer(t *testing.T) {
 	}
 }
 
-// A ping that has not left yet asks nothing: a peer on a slow line has its
-// interval from when the ping is out.
+// A ping behind a backlog asks nothing: a peer on a slow line has its interval from
+// when the ping is out.
 func TestHeartbeatBehindABacklog(t *testing.T) {
 	t.Parallel()
 	r := startRelay(t, testOptions())
@@ -216,14 +217,47 @@ func TestHeartbeatBehindABacklog(t *testing.T) {
 			bt.flush()
 		}
 	}
-	pass(2*r.o.ping + time.Second)
-	if !ph.pinged || !ph.is(connOpen) {
-		t.Fatalf("pinged: %v, ended with %q before the ping was out", ph.pinged, ph.endReason)
+	pass(3 * r.o.ping)
+	if !ph.is(connOpen) || ph.out.n == 0 {
+		t.Fatalf("ended with %q behind a backlog of %d bytes", ph.endReason, ph.out.n)
 	}
 	s.full = false
-	pass(2*r.o.ping + time.Second)
+	pass(r.o.ping)
+	if !ph.pinged || !ph.is(connOpen) {
+		t.Fatalf("pinged: %v, ended with %q less than an interval after the ping was out", ph.pinged, ph.endReason)
+	}
+	pass(2 * time.Second)
 	if ph.is(connOpen) || ph.endReason != endHeartbeat {
 		t.Fatalf("a peer that was pinged and stayed silent ended with %q, want %q", ph.endReason, endHeartbeat)
+	}
+}
+
+// While a peer takes nothing only its latest ping is answered (RFC 6455 §5.5.3).
+func TestLatestPingIsAnswered(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	_, _, ph, s, bt := memPair(t, r.relay)
+	pings := func(payloads ...string) {
+		for _, p := range payloads {
+			ph.receive(bt, clientFrame(last, opPing, []byte(p)))
+		}
+		bt.flush()
+	}
+	s.full, s.room = true, 1
+	pings("first")
+	held := ph.out.n
+	for range 1000 {
+		pings("second", "")
+	}
+	if ph.out.n != held {
+		t.Errorf("%d bytes are queued for a peer that takes nothing, want %d", ph.out.n, held)
+	}
+	s.full = false
+	ph.writable(bt)
+	pings("last", "of all")
+	want := []memFrame{{opPong, "first"}, {opPong, ""}, {opPong, "last"}, {opPong, "of all"}}
+	if got := s.frames(t); !slices.Equal(got, want) {
+		t.Errorf("the peer got %q, want %q", got, want)
 	}
 }
 
