@@ -24,6 +24,9 @@ type poller interface {
 	stop()
 }
 
+// newPoller makes the poller for TCP connections. Linux sets its own.
+var newPoller = func(r *relay) (poller, error) { return newGoPoller(r), nil }
+
 // goPoller owns the goroutines of its connections.
 type goPoller struct {
 	relay *relay

@@ -5,34 +5,90 @@ import (
 	"sync/atomic"
 )
 
-// Where bytes wait: blocks out of size-classed pools, and the queue in front of
-// each socket. Every block is charged with its whole capacity to the process's
-// byte budget for as long as it is in use, so that what is bounded is memory,
-// not merely content.
+// Where bytes wait: the process's byte budget, buffers out of size-classed pools,
+// and the queue before each socket. A buffer is charged with its whole capacity for
+// as long as it is in use, so that the budget bounds memory, and not only content.
 
-// blockSizes are the pooled capacities. Each has head room for the frame header
-// and the envelope around a payload of a round size, so that a 64 KiB payload
-// does not take a 256 KiB block.
+// priority is what bytes are buffered for. It says how much of the budget they may
+// fill.
+type priority uint8
+
+const (
+	// priorityBacklog bytes wait for a phone that takes nothing, or for a binary that
+	// is not there. They leave an eighth free, so that phones that do not read cost
+	// the others nothing of what passes through.
+	priorityBacklog priority = iota
+	// priorityPassing bytes are half received from a phone, or go out to one with the
+	// batch. They leave a sixteenth free.
+	priorityPassing
+	// priorityBinary bytes are half received from a binary, or wait for one. Each
+	// binary has few of them, since one that takes nothing holds its phones back.
+	priorityBinary
+	// priorityAlways bytes are control frames and close notices, without which nothing
+	// could be ended in order. These few are charged whether they fit or not.
+	priorityAlways
+)
+
+// budget is the process-wide bound on buffered bytes.
+type budget struct {
+	limit int64 // -queue-total
+	n     atomic.Int64
+}
+
+// take charges n bytes if they fit.
+func (b *budget) take(n int, priority priority) bool {
+	limit := b.limit
+	switch priority {
+	case priorityBacklog:
+		limit -= limit / 8
+	case priorityPassing:
+		limit -= limit / 16
+	case priorityAlways:
+		b.n.Add(int64(n))
+		return true
+	}
+	for {
+		used := b.n.Load()
+		if used+int64(n) > limit {
+			return false
+		}
+		if b.n.CompareAndSwap(used, used+int64(n)) {
+			return true
+		}
+	}
+}
+
+// share is how many bytes may wait for one phone: twice as many as are still free
+// of what all that wait may take. However many phones take nothing, they leave
+// each other, and one that only stops for a moment, about the same.
+func (b *budget) share() int64 { return 2 * (b.limit - b.limit/8 - b.used()) }
+
+func (b *budget) give(n int)  { b.n.Add(-int64(n)) }
+func (b *budget) used() int64 { return b.n.Load() }
+
+// bufferSizes are the pooled capacities. Each has head room for the frame header and
+// the envelope around a payload of a round size, so that a payload of 64 KiB does not
+// take a buffer of 256 KiB.
 var bufferSizes = [...]int{1<<10 + 128, 4<<10 + 128, 16<<10 + 128, 64<<10 + 128, 256<<10 + 128}
 
-// block is a piece of buffered bytes: b[r:w] is content.
+// buffer is a piece of buffered bytes: b[r:w] is content.
 type buffer struct {
 	next *buffer // in a queue
 	b    []byte
 	r, w int
-	size int8 // index in blockSizes, -1 for a capacity of its own
+	size int8 // index in bufferSizes, -1 for a capacity of its own
 }
 
 func (k *buffer) bytes() []byte { return k.b[k.r:k.w] }
 func (k *buffer) room() int     { return len(k.b) - k.w }
 
-// memory hands out blocks within the budget.
+// bufferPool hands out buffers within the budget.
 type bufferPool struct {
 	budget *budget
 	pools  [len(bufferSizes)]sync.Pool
 }
 
-// get returns an empty block for at least n bytes, nil when the budget is spent.
+// get returns an empty buffer for at least n bytes, nil when the budget is spent.
 func (m *bufferPool) get(n int, priority priority) *buffer {
 	size := int8(-1)
 	for i, c := range bufferSizes {
@@ -44,16 +100,15 @@ func (m *bufferPool) get(n int, priority priority) *buffer {
 	if !m.budget.take(n, priority) {
 		return nil
 	}
-	if size < 0 {
-		return &buffer{b: make([]byte, n), size: size}
-	}
-	if k, _ := m.pools[size].Get().(*buffer); k != nil {
-		return k
+	if size >= 0 {
+		if k, _ := m.pools[size].Get().(*buffer); k != nil {
+			return k
+		}
 	}
 	return &buffer{b: make([]byte, n), size: size}
 }
 
-// put takes a block back.
+// put takes a buffer back.
 func (m *bufferPool) put(k *buffer) {
 	m.budget.give(len(k.b))
 	if k.size >= 0 {
@@ -98,8 +153,7 @@ func (q *queue) add(m *bufferPool, priority priority, a, b, c []byte) bool {
 		room = q.tail.room()
 	}
 	if n > room {
-		// A queue that keeps growing takes larger blocks: fewer of them to
-		// write, and a slow phone's pays for what it holds.
+		// A queue that grows takes larger buffers, so that a write needs few of them.
 		k := m.get(max(n-room, min(q.n, 64<<10)), priority)
 		if k == nil {
 			return false
@@ -142,12 +196,12 @@ func (q *queue) discard(m *bufferPool, n int) {
 	q.n -= n
 	for q.head != nil {
 		k := q.head
-		if have := k.w - k.r; n < have {
+		have := k.w - k.r
+		if n < have {
 			k.r += n
 			return
-		} else {
-			n -= have
 		}
+		n -= have
 		if q.head = k.next; q.head == nil {
 			q.tail = nil
 		}
@@ -172,59 +226,3 @@ func (q *queue) moveTo(dst *queue) {
 
 // drop gives everything back.
 func (q *queue) drop(m *bufferPool) { q.discard(m, q.n) }
-
-// budget is the process-wide bound on buffered bytes.
-type budget struct {
-	limit int64
-	n     atomic.Int64
-}
-
-// priority is what bytes are buffered for: how much of the budget they may fill.
-type priority uint8
-
-const (
-	// priorityBacklog: they wait for a phone that takes nothing, or for a binary that
-	// is not there. The last eighth is not theirs: phones that do not read must
-	// not cost those that do what passes through.
-	priorityBacklog priority = iota
-	// priorityPassing: what is half received from a phone, or goes out to one with this
-	// batch. The last sixteenth is not theirs.
-	priorityPassing
-	// priorityBinary: what is half received from a binary, or waits for one. Of that
-	// each has little, since a binary that takes nothing holds its phones back.
-	priorityBinary
-	// priorityAlways: control frames and close notices, a few bytes without which
-	// nothing could be ended in order. They are charged whether they fit or not.
-	priorityAlways
-)
-
-// take charges n bytes if they fit.
-func (b *budget) take(n int, priority priority) bool {
-	limit := b.limit
-	switch priority {
-	case priorityBacklog:
-		limit -= limit / 8
-	case priorityPassing:
-		limit -= limit / 16
-	case priorityAlways:
-		b.n.Add(int64(n))
-		return true
-	}
-	for {
-		used := b.n.Load()
-		if used+int64(n) > limit {
-			return false
-		}
-		if b.n.CompareAndSwap(used, used+int64(n)) {
-			return true
-		}
-	}
-}
-
-// share is how many bytes may wait for one phone: twice as many as are still free
-// of what all that wait may take. However many phones take nothing, they leave
-// each other, and one that only stops for a moment, about the same.
-func (b *budget) share() int64 { return 2 * (b.limit - b.limit/8 - b.used()) }
-
-func (b *budget) give(n int)  { b.n.Add(-int64(n)) }
-func (b *budget) used() int64 { return b.n.Load() }
