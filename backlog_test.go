@@ -292,12 +292,12 @@ func TestSlowBinaryIsFair(t *testing.T) {
 	phones, socks := make([]*session, flooders), make([]*memSocket, flooders)
 	for i := range phones {
 		phones[i], socks[i] = memPhone(t, r.relay, "server", fmt.Sprint("flooder-", i))
-		defer phones[i].release(bt)
+		defer phones[i].free(bt)
 	}
 	bs.full = true
 	flood := func(ph *session, n int) {
 		for range n {
-			if !ph.paused {
+			if !ph.paused.Load() {
 				ph.message(bt, opText, []byte(numbered(0, size)))
 			}
 		}
@@ -305,7 +305,7 @@ func TestSlowBinaryIsFair(t *testing.T) {
 	}
 	for _, ph := range phones {
 		flood(ph, 5)
-		if !ph.paused {
+		if !ph.paused.Load() {
 			t.Error("a phone that floods is not held back")
 		}
 	}
@@ -331,7 +331,7 @@ func TestSlowBinaryIsFair(t *testing.T) {
 		}
 		light.message(bt, opText, []byte(`"small"`))
 		bt.flush()
-		if light.paused {
+		if light.paused.Load() {
 			t.Fatalf("round %d: a phone that has sent one small frame is held back", round)
 		}
 	}
@@ -355,16 +355,16 @@ func TestSlowBinaryPassesTheTurn(t *testing.T) {
 	for i := range 4 {
 		ph, s := memPhone(t, r.relay, "server", fmt.Sprint("waits-", i))
 		phones, socks = append(phones, ph), append(socks, s)
-		defer ph.release(bt)
+		defer ph.free(bt)
 	}
 	for _, ph := range phones {
-		for !ph.paused {
+		for !ph.paused.Load() {
 			ph.message(bt, opText, []byte(numbered(0, 64<<10)))
 		}
 	}
 	bt.flush()
 	bs.full, bs.discard = false, true
-	phones[2].end(bt, endShutdown) // while it waits
+	phones[2].startClose(bt, endShutdown) // while it waits
 	b.writable(bt)
 	first.unpause(bt) // and has nothing to say
 	bt.flush()
@@ -448,7 +448,7 @@ func TestBacklogOfPhonesSparesBinaries(t *testing.T) {
 	defer budget.give(held)
 	bs.full = true
 	for i := range 20 {
-		ph.owner.message(bt, opText, []byte(numbered(i, 4<<10)))
+		ph.handler.message(bt, opText, []byte(numbered(i, 4<<10)))
 		bt.flush()
 	}
 	if !ph.is(connOpen) {

@@ -218,7 +218,7 @@ func benchRegistry(b *testing.B, n int) {
 	}
 	b.Cleanup(func() {
 		for _, c := range all {
-			c.release(w)
+			c.free(w)
 		}
 		w.flush()
 	})

@@ -225,4 +225,4 @@ func (q *queue) moveTo(dst *queue) {
 }
 
 // drop gives everything back.
-func (q *queue) drop(m *bufferPool) { q.discard(m, q.n) }
+func (q *queue) free(m *bufferPool) { q.discard(m, q.n) }

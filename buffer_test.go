@@ -40,7 +40,7 @@ func TestQueue(t *testing.T) {
 			}
 			checkQueue(t, m, &q, want)
 		}
-		q.drop(m)
+		q.free(m)
 		if q.n != 0 || q.head != nil || q.tail != nil || m.budget.used() != 0 {
 			t.Fatalf("after drop %d bytes are queued and %d charged", q.n, m.budget.used())
 		}
@@ -97,7 +97,7 @@ func TestQueueBudget(t *testing.T) {
 	if m.budget.used() != 2*int64(bufferSizes[0]) {
 		t.Errorf("%d bytes charged, want two of the smallest blocks", m.budget.used())
 	}
-	q.drop(m)
+	q.free(m)
 	if m.budget.used() != 0 {
 		t.Errorf("%d bytes charged after drop", m.budget.used())
 	}
@@ -117,7 +117,7 @@ func TestQueueMoveTo(t *testing.T) {
 		}
 		to.add(m, priorityPassing, []byte("more"), nil, nil)
 		checkQueue(t, m, &to, []byte(c.to+c.from+"more"))
-		to.drop(m)
+		to.free(m)
 	}
 }
 

@@ -179,7 +179,7 @@ func TestIdleConnectionsHoldNoBuffers(t *testing.T) {
 		bs.full, ps.full = false, false
 		b.writable(bt)
 		ph.writable(bt)
-		if ph.paused { // by a frame that is as much as its binary may have to take
+		if ph.paused.Load() { // by a frame that is as much as its binary may have to take
 			ph.unpause(bt)
 		}
 		bt.flush()

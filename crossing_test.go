@@ -15,11 +15,11 @@ import (
 // idlePeer notes how its connection ended.
 type idlePeer struct{ reason closeReason }
 
-func (p *idlePeer) message(*writeBatch, byte, []byte)            {}
-func (p *idlePeer) ended(_ *writeBatch, r closeReason, _ uint16) { p.reason = r }
-func (p *idlePeer) answered(*writeBatch)                         {}
-func (p *idlePeer) overdue(*writeBatch)                          {}
-func (p *idlePeer) closed(*writeBatch)                           {}
+func (p *idlePeer) message(*writeBatch, byte, []byte)                 {}
+func (p *idlePeer) unregister(_ *writeBatch, r closeReason, _ uint16) { p.reason = r }
+func (p *idlePeer) answered(*writeBatch)                              {}
+func (p *idlePeer) overdue(*writeBatch)                               {}
+func (p *idlePeer) closed(*writeBatch)                                {}
 
 // bareConn is a connection of which a test is the reader and the poller.
 func bareConn(t *testing.T, o options) (*conn, *memSocket, *idlePeer) {
@@ -34,13 +34,13 @@ func TestPauseAfterEnd(t *testing.T) {
 	c, _, p := bareConn(t, testOptions())
 	b := c.relay.newBatch()
 	// Grace runs out, say, while the reader is about to pause.
-	c.end(b, endGraceExpired)
+	c.startClose(b, endGraceExpired)
 	c.pause(nil)
 	b.flush()
 	if p.reason != endGraceExpired {
 		t.Errorf("ended with %q, want %q", p.reason, endGraceExpired)
 	}
-	if c.paused || c.suspended {
+	if c.paused.Load() {
 		t.Error("the reader pauses on a connection that has ended, and nobody will resume it")
 	}
 }
@@ -49,7 +49,7 @@ func TestAbortFindsPausedReader(t *testing.T) {
 	t.Parallel()
 	c, s, _ := bareConn(t, testOptions())
 	c.pause(nil)
-	c.abort()
+	c.fail()
 	if s.aborts != 1 || s.resumes != 1 {
 		t.Errorf("aborted %d times and resumed %d times, want once each", s.aborts, s.resumes)
 	}
@@ -84,7 +84,7 @@ func TestChallengeAfterEnd(t *testing.T) {
 	t.Parallel()
 	c, _, _ := bareConn(t, testOptions())
 	b := c.relay.newBatch()
-	c.end(b, endHeartbeat)
+	c.startClose(b, endHeartbeat)
 	b.flush()
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -151,7 +151,7 @@ func TestMessageOfRemovedPhone(t *testing.T) {
 	}
 	sibling.greet(b) // and nothing before that
 	batch := r.newBatch()
-	leg.end(batch, endReplaced)
+	leg.startClose(batch, endReplaced)
 	batch.flush()
 	ph.wantEnd(4404, "binary replaced")
 }

@@ -202,7 +202,7 @@ func FuzzInjection(f *testing.F) {
 	o.maxFrame = 1 << 20
 	r := startRelay(f, o)
 	b, out := memBinary(f, r.relay, "server")
-	f.Cleanup(func() { b.release(r.newBatch()) })
+	f.Cleanup(func() { b.free(r.newBatch()) })
 	const alphabet = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_" // newConnID's
 	f.Fuzz(func(t *testing.T, payload, id []byte) {
 		if len(payload) > o.maxFrame {
@@ -217,7 +217,7 @@ func FuzzInjection(f *testing.F) {
 		ph.receive(bt, clientFrame(0x80, opText, payload))
 		bt.flush()
 		frames := out.frames(t)
-		ph.release(bt)
+		ph.free(bt)
 		bt.flush()
 		frames = append(frames, out.frames(t)...)
 

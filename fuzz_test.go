@@ -31,7 +31,7 @@ func (p *streamPeer) message(_ *writeBatch, op byte, b []byte) {
 	}
 }
 
-func (p *streamPeer) ended(_ *writeBatch, reason closeReason, code uint16) {
+func (p *streamPeer) unregister(_ *writeBatch, reason closeReason, code uint16) {
 	p.ends = append(p.ends, fmt.Sprint(reason, " ", code))
 }
 
@@ -193,9 +193,8 @@ func checkStream(t *testing.T, r *relay, stream []byte, random *rand.Rand) {
 			for i := range shared { // none of it may be kept
 				shared[i] = 0xaa
 			}
-			for p.paused {
+			for p.paused.Load() {
 				p.unpause(b)
-				p.receive(b, nil)
 				b.flush()
 			}
 		}
@@ -214,7 +213,7 @@ func checkStream(t *testing.T, r *relay, stream []byte, random *rand.Rand) {
 	if want.end == "" {
 		want.end = fmt.Sprint(endPeerLost, " ", endPeerLost.code())
 	}
-	p.release(b)
+	p.free(b)
 	if len(p.ends) != 1 || p.ends[0] != want.end || p.closes != 1 {
 		t.Errorf("ended %q, closed %d times, want once: %q", p.ends, p.closes, want.end)
 	}

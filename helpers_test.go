@@ -623,7 +623,7 @@ type memSocket struct {
 func (m *memSocket) attach([]byte) {}
 func (m *memSocket) unsent() bool  { return false }
 func (m *memSocket) closeWrite()   { m.finished = true }
-func (m *memSocket) abort()        { m.aborts++ }
+func (m *memSocket) shutdown()     { m.aborts++ }
 func (m *memSocket) resume()       { m.resumes++ }
 
 func (m *memSocket) write(bufs [][]byte) (n int, err error) {
@@ -711,8 +711,8 @@ func memPair(tb testing.TB, r *relay) (b *session, bs *memSocket, ph *session, p
 	b, bs = memBinary(tb, r, "server")
 	ph, ps = memPhone(tb, r, "server", "phone-1")
 	tb.Cleanup(func() {
-		ph.release(w)
-		b.release(w)
+		ph.free(w)
+		b.free(w)
 		w.flush()
 	})
 	return b, bs, ph, ps, w

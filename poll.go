@@ -6,16 +6,6 @@ import (
 	"time"
 )
 
-// The poller for every transport that Linux's epoll loop does not serve: other
-// systems, and connections that are not a bare TCP socket. One goroutine reads
-// a connection, and another writes it while there is something to write. It keeps the same contract as the epoll loop, and because it
-// waits in nothing but the runtime, tests run it on a fake clock.
-
-const (
-	goReadSize  = 8 << 10
-	goWriteSize = 64 << 10 // bytes a writer holds, as a kernel's send buffer would
-)
-
 // poller moves the bytes of the connections bound to it.
 type poller interface {
 	// bind gives c a socket and takes nc over; c.sock.attach starts it.
@@ -27,15 +17,22 @@ type poller interface {
 // newPoller makes the poller for TCP connections. Linux sets its own.
 var newPoller = func(r *relay) (poller, error) { return newGoPoller(r), nil }
 
-// goPoller owns the goroutines of its connections.
+const (
+	goReadSize  = 8 << 10
+	goWriteSize = 64 << 10 // bytes a writer holds, as a kernel's send buffer would
+)
+
+// goPoller serves every transport that Linux's epoll loop does not: other systems, and
+// connections that are not a bare TCP socket. One goroutine reads a connection, and
+// another writes it while there is something to write. It keeps the same contract as
+// the loop, and because it waits in nothing but the runtime, tests run it on a fake
+// clock.
 type goPoller struct {
 	relay *relay
 	wg    sync.WaitGroup // readers and writers
 }
 
-func newGoPoller(r *relay) *goPoller {
-	return &goPoller{relay: r}
-}
+func newGoPoller(r *relay) *goPoller { return &goPoller{relay: r} }
 
 func (p *goPoller) bind(c *conn, nc net.Conn) error {
 	s := &goSocket{poller: p, c: c, nc: nc}
@@ -55,13 +52,12 @@ type goSocket struct {
 
 	mu       sync.Mutex // guards what follows
 	changed  sync.Cond
-	resumed  bool
-	aborted  bool
-	finish   bool   // closeWrite once staged is out
+	resumed  bool   // resume was called, and the reader has not seen it
+	down     bool   // shutdown was called
+	halfDown bool   // closeWrite was called, and staged is not out yet
 	writing  bool   // the writer runs
 	staged   []byte // taken over, not yet written
 	inFlight int    // bytes staged before, which the writer is writing
-	writeErr error
 }
 
 func (s *goSocket) attach(first []byte) {
@@ -77,16 +73,10 @@ func (s *goSocket) read(first []byte) {
 	w.flush()
 	buf := make([]byte, goReadSize)
 	for {
-		if c.paused {
-			s.mu.Lock()
-			for !s.resumed && !s.aborted {
-				s.changed.Wait()
-			}
-			s.resumed = false
-			s.mu.Unlock()
+		if c.paused.Load() {
+			s.awaitResume()
 			w.now = r.now()
 			c.unpause(w)
-			c.receive(w, nil)
 			w.flush()
 			continue
 		}
@@ -98,15 +88,24 @@ func (s *goSocket) read(first []byte) {
 			c.receive(w, into[:n])
 			c.markAlive(w)
 		}
-		if err != nil && !c.paused {
+		if err != nil && !c.paused.Load() {
 			break
 		}
 		w.flush()
 	}
-	c.release(w)
+	c.free(w)
 	w.flush()
 	s.settle()
-	s.abort()
+	s.shutdown()
+}
+
+func (s *goSocket) awaitResume() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for !s.resumed && !s.down {
+		s.changed.Wait()
+	}
+	s.resumed = false
 }
 
 // settle gives the writer a moment for what is staged, as a kernel would.
@@ -114,7 +113,7 @@ func (s *goSocket) settle() {
 	s.nc.SetWriteDeadline(time.Now().Add(s.poller.relay.o.closeTimeout))
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	for s.writing && !s.aborted {
+	for s.writing && !s.down {
 		s.changed.Wait()
 	}
 }
@@ -123,11 +122,8 @@ func (s *goSocket) settle() {
 func (s *goSocket) write(bufs [][]byte) (n int, err error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.aborted {
+	if s.down {
 		return 0, net.ErrClosed
-	}
-	if s.writeErr != nil {
-		return 0, s.writeErr
 	}
 	for _, b := range bufs {
 		k := min(len(b), goWriteSize-len(s.staged)-s.inFlight)
@@ -150,33 +146,26 @@ func (s *goSocket) unsent() bool {
 
 // startWriter runs the writer if it has something to do, mu held.
 func (s *goSocket) startWriter() {
-	if !s.writing && (len(s.staged) > 0 || s.finish) {
+	if !s.writing && (len(s.staged) > 0 || s.halfDown) {
 		s.writing = true
 		s.poller.wg.Add(1)
-		go s.drain()
+		go s.writeStaged()
 	}
 }
 
-// drain writes until nothing is staged.
-func (s *goSocket) drain() {
+// writeStaged writes until nothing is staged.
+func (s *goSocket) writeStaged() {
 	defer s.poller.wg.Done()
 	r := s.poller.relay
 	for {
 		s.mu.Lock()
-		if s.aborted || s.writeErr != nil {
-			s.writing = false
-			s.changed.Signal()
-			s.mu.Unlock()
-			return
-		}
 		out := s.staged
 		s.staged = nil
-		if len(out) == 0 {
-			if s.finish {
-				s.finish = false
-				s.halfClose()
+		if len(out) == 0 || s.down {
+			if s.halfDown && !s.down {
+				s.closeHalf()
 			}
-			s.writing = false
+			s.halfDown, s.writing = false, false
 			s.changed.Signal()
 			s.mu.Unlock()
 			return
@@ -184,23 +173,21 @@ func (s *goSocket) drain() {
 		s.inFlight = len(out)
 		s.mu.Unlock()
 		r.metrics.socketWrites.Add(1)
-		_, err := s.nc.Write(out)
+		if _, err := s.nc.Write(out); err != nil {
+			s.shutdown()
+		}
 		s.mu.Lock()
 		s.inFlight = 0
-		s.writeErr = err
 		s.mu.Unlock()
-		if err != nil {
-			s.abort()
-		}
 		w := r.newBatch()
 		s.c.writable(w)
 		w.flush()
 	}
 }
 
-// halfClose ends our direction, mu held. A transport without half-close is
-// closed whole: the close handshake is over by then.
-func (s *goSocket) halfClose() {
+// closeHalf ends our direction, mu held. A transport that can't end only one is closed
+// whole: the close handshake is over by then.
+func (s *goSocket) closeHalf() {
 	if h, ok := s.nc.(interface{ CloseWrite() error }); ok {
 		h.CloseWrite()
 		return
@@ -210,14 +197,14 @@ func (s *goSocket) halfClose() {
 
 func (s *goSocket) closeWrite() {
 	s.mu.Lock()
-	s.finish = true
+	s.halfDown = true
 	s.startWriter()
 	s.mu.Unlock()
 }
 
-func (s *goSocket) abort() {
+func (s *goSocket) shutdown() {
 	s.mu.Lock()
-	s.aborted = true
+	s.down = true
 	s.changed.Broadcast()
 	s.mu.Unlock()
 	s.nc.Close()

@@ -176,7 +176,7 @@ func (l *epollLoop) watch(fd int) error {
 func (s *epollSocket) attach(first []byte) {
 	l, c := s.loop, s.c
 	if len(first) > 0 {
-		c.paused = true
+		c.paused.Store(true)
 		c.unparsed = &buffer{b: first, w: len(first), size: -1}
 		l.relay.buffers.budget.take(len(first), priorityAlways)
 	}
@@ -190,13 +190,13 @@ func (s *epollSocket) attach(first []byte) {
 	err := l.watch(s.fd)
 	if err != nil {
 		s.hup = true
-		c.paused = true
+		c.paused.Store(true)
 	}
-	post := c.paused
+	post := c.paused.Load()
 	l.mu.Unlock() // from here on the loop owns them
 	if err != nil {
 		l.relay.log.Error("watching a socket failed", "error", err)
-		c.abort()
+		c.fail()
 	}
 	if post {
 		l.post(s)
@@ -323,11 +323,8 @@ func (l *epollLoop) read(c *conn) {
 		return
 	}
 	w := &l.batch
-	if c.unparsed != nil && !c.paused {
-		c.receive(w, nil)
-	}
 	for range l.share {
-		if c.paused {
+		if c.paused.Load() {
 			return
 		}
 		into := c.readInto(l.buf)
@@ -376,7 +373,7 @@ func (l *epollLoop) release(c *conn, s *epollSocket) {
 	}
 	s.attached = false
 	l.mu.Unlock()
-	c.release(&l.batch)
+	c.free(&l.batch)
 	c.mu.Lock()
 	fd := s.fd
 	s.fd = -1
@@ -515,7 +512,7 @@ func (s *epollSocket) closeWrite() {
 	}
 }
 
-func (s *epollSocket) abort() {
+func (s *epollSocket) shutdown() {
 	if s.fd >= 0 {
 		syscall.Shutdown(s.fd, syscall.SHUT_RDWR)
 	}

@@ -229,12 +229,12 @@ func (g *registry) install(w *writeBatch, srv *server, b *session) {
 	srv.mu.Unlock()
 
 	if old != nil {
-		old.end(w, endTakenOver)
+		old.startClose(w, endTakenOver)
 	}
 	for _, ph := range closing {
-		ph.end(w, reason)
+		ph.startClose(w, reason)
 	}
-	wake(woken)
+	wake(woken...)
 }
 
 // release ends b's claim, if it is still b's: the first contender takes it, or
@@ -317,7 +317,7 @@ func (g *registry) forget(w *writeBatch, srv *server) {
 	}
 	srv.mu.Unlock()
 	for _, ph := range closing {
-		ph.end(w, endGraceExpired)
+		ph.startClose(w, endGraceExpired)
 	}
 }
 
@@ -394,7 +394,7 @@ func (g *registry) remove(srv *server, ph *session) {
 	g.count(srv, &g.relay.metrics.connectedPhones, -1)
 	ph.removed = true
 	if ph.graceQueue != nil {
-		ph.graceQueue.drop(&ph.relay.buffers)
+		ph.graceQueue.free(&ph.relay.buffers)
 		ph.graceQueue = nil
 	}
 }

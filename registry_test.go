@@ -432,7 +432,7 @@ func TestRegistryKeepsNoHeader(t *testing.T) {
 	b, _ := memBinary(t, r.relay, id)
 	bt := r.newBatch()
 	defer bt.flush()
-	defer b.release(bt)
+	defer b.free(bt)
 	if b.server.id != id || unsafe.StringData(b.server.id) == unsafe.StringData(id) {
 		t.Errorf("the entry of %s keeps the %d bytes that its id came in", b.server.id, len(header))
 	}
@@ -639,7 +639,7 @@ func TestRegistryGracesEndInOrder(t *testing.T) {
 		come := func(id string) { held[id], _ = memBinary(t, r.relay, id) }
 		leave := func(id string) {
 			w.now = r.now()
-			held[id].release(w)
+			held[id].free(w)
 			w.flush()
 		}
 		for _, id := range []string{"1st", "2nd", "3rd", "4th"} {

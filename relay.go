@@ -445,8 +445,6 @@ type session struct {
 	graceQueue    *graceQueue // what a phone that joined in grace has sent since, nil for others
 	contendsSince int64       // relay clock since which a binary waits for the server-id, 0 if it does not
 	challengedAt  int64       // relay clock of the first challenge that a binary has not answered, 0 if none
-
-	pushed uint64 // its binary's queued behind a phone's last frame; guarded by that one's mu
 }
 
 // newSession makes a session that has no socket yet.
@@ -501,7 +499,7 @@ func (r *relay) refuseSession(w *writeBatch, s *session, serverID string, reason
 		r.log.Warn("session refused", "leg", s.role, "conn", s.id, "server", serverID, "addr", s.addr,
 			"code", reason.code(), "reason", reason, "detail", text, "unlogged", more)
 	}
-	s.finish(w, reason, reason.code(), text)
+	s.startCloseWith(w, reason, reason.code(), text)
 }
 
 // log writes a line about a session that the registry has taken in.
@@ -528,10 +526,10 @@ func (s *session) message(w *writeBatch, op byte, p []byte) {
 func (s *session) toBinary(w *writeBatch, p []byte) {
 	switch checkJSON(p, maxPhoneDepth) {
 	case jsonBadUTF8:
-		s.end(w, endInvalidUTF8)
+		s.startClose(w, endInvalidUTF8)
 		return
 	case jsonInvalid:
-		s.end(w, endNotJSON)
+		s.startClose(w, endNotJSON)
 		return
 	}
 	var room [128]byte
@@ -550,13 +548,8 @@ func (s *session) toBinary(w *writeBatch, p []byte) {
 	case b != nil:
 		b.mu.Lock()
 		srv.mu.Unlock()
-		light := b.isOut(s.pushed) && len(p) < directWrite
-		reason = b.push(w, 0, head, p, envelopeTail)
-		s.pushed = b.queued
-		if wait = b.out.n >= pauseAt && !light; wait {
-			behind = &b.conn
-			b.waiters = append(b.waiters, &s.conn)
-		}
+		behind = &b.conn
+		reason, wait = b.pushFrom(w, &s.conn, head, p, envelopeTail)
 		b.mu.Unlock()
 		if reason == endNone {
 			w.upFrames++
@@ -576,7 +569,7 @@ func (s *session) toBinary(w *writeBatch, p []byte) {
 		s.pause(behind)
 	}
 	if reason != endNone {
-		s.end(w, reason)
+		s.startClose(w, reason)
 	}
 }
 
@@ -605,7 +598,7 @@ func (q *graceQueue) push(w *writeBatch, head, p []byte) closeReason {
 func (s *session) toPhone(w *writeBatch, op byte, p []byte) {
 	env, verdict, drop := parseEnvelope(p)
 	if verdict == jsonBadUTF8 && op == opText {
-		s.end(w, endInvalidUTF8)
+		s.startClose(w, endInvalidUTF8)
 		return
 	}
 	if drop != dropNone {
@@ -641,9 +634,9 @@ func (s *session) toPhone(w *writeBatch, op byte, p []byte) {
 	ph.mu.Unlock()
 	switch {
 	case reason != endNone:
-		ph.end(w, reason)
+		ph.startClose(w, reason)
 	case env.hasClose:
-		ph.finish(w, endBinaryDirective, env.closeCode, endBinaryDirective.String())
+		ph.startCloseWith(w, endBinaryDirective, env.closeCode, endBinaryDirective.String())
 	}
 }
 
@@ -660,8 +653,8 @@ func (s *session) drop(w *writeBatch, level slog.Level, reason dropReason) {
 	}
 }
 
-// ended is handler's: the registry lets go of a session whose end is decided.
-func (s *session) ended(w *writeBatch, _ closeReason, code uint16) {
+// unregister is handler's: the registry lets go of a session whose end is decided.
+func (s *session) unregister(w *writeBatch, _ closeReason, code uint16) {
 	switch {
 	case s.server == nil: // it was refused, or ended before its claim
 	case s.role == roleBinary:
@@ -836,7 +829,7 @@ func (r *relay) drain(ctx context.Context) {
 			w := r.newBatch()
 			for _, s := range r.everySession(nil) {
 				if slices.Contains(roles, s.role) {
-					s.end(w, endShutdown)
+					s.startClose(w, endShutdown)
 				}
 			}
 			w.flush()
@@ -874,6 +867,6 @@ func (r *relay) await(ctx context.Context, role role, nudge func()) {
 // abortAll gives every session up.
 func (r *relay) abortAll() {
 	for _, s := range r.everySession(nil) {
-		s.abort()
+		s.fail()
 	}
 }
