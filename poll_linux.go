@@ -102,7 +102,7 @@ func newEpollLoop(r *relay) (poller, error) {
 	l.told = make([]syscall.EpollEvent, epollEvents)
 	l.take = func(uintptr) bool {
 		l.n, l.err = epollWait(l.epfd, l.told)
-		return l.n != 0
+		return l.n > 0 || l.err != nil
 	}
 	var err error
 	if l.epfd, err = syscall.EpollCreate1(syscall.EPOLL_CLOEXEC); err != nil {
@@ -124,7 +124,7 @@ func newEpollLoop(r *relay) (poller, error) {
 		return nil, fmt.Errorf("nesting an epoll set: %w", err)
 	}
 	ev := syscall.EpollEvent{Events: syscall.EPOLLIN, Fd: int32(l.wakeR)}
-	if err = epollAdd(l.epfd, l.wakeR, &ev); err != nil {
+	if err = syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_ADD, l.wakeR, &ev); err != nil {
 		l.closeFiles()
 		return nil, fmt.Errorf("watching the wake-up pipe: %w", err)
 	}
@@ -168,7 +168,7 @@ func (l *epollLoop) watch(fd int) error {
 		Events: syscall.EPOLLIN | syscall.EPOLLOUT | syscall.EPOLLRDHUP | edgeTriggered,
 		Fd:     int32(fd),
 	}
-	return epollAdd(l.epfd, fd, &ev)
+	return syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_ADD, fd, &ev)
 }
 
 // attach starts the reading of a bound connection. first is what arrived
@@ -274,7 +274,7 @@ func (l *epollLoop) wait(idle bool) (n int) {
 		// Cannot happen with an epoll set of our own.
 		l.relay.log.Error("waiting for sockets failed", "error", l.err)
 	}
-	return max(l.n, 0)
+	return l.n
 }
 
 // idle reports whether the loop has nothing left to do, and whether it is to end.
@@ -381,30 +381,64 @@ func (l *epollLoop) release(c *conn, s *epollSocket) {
 	closeSocket(fd)
 }
 
+// write is socket's. The caller holds c.mu.
+func (s *epollSocket) write(bufs [][]byte) (int, error) {
+	if s.fd < 0 {
+		return 0, net.ErrClosed
+	}
+	total := 0
+	for _, b := range bufs {
+		total += len(b)
+	}
+	for {
+		s.loop.relay.metrics.socketWrites.Add(1)
+		n, err := send(s.fd, bufs)
+		switch {
+		case err == syscall.EINTR:
+			continue
+		case err == syscall.EAGAIN, err == nil && n < total:
+			return n, errAgain
+		}
+		return n, err
+	}
+}
+
+// unsent is socket's, as the following are.
+func (s *epollSocket) unsent() bool { return false }
+
+func (s *epollSocket) closeWrite() {
+	if s.fd >= 0 {
+		syscall.RawSyscall(syscall.SYS_SHUTDOWN, uintptr(s.fd), syscall.SHUT_WR, 0)
+	}
+}
+
+func (s *epollSocket) shutdown() {
+	if s.fd >= 0 {
+		syscall.Shutdown(s.fd, syscall.SHUT_RDWR)
+	}
+}
+
 func (s *epollSocket) resume() { s.loop.post(s) }
 
 // ---- system calls ----
 
-// The calls on a session's socket are those of sockets (recvfrom,
-// sendto, sendmsg), not those of files (readv, writev), which touch the
-// socket's inode as well: with 8,000 phones, whose inodes are in no cache, a
-// frame cost a fifth more. None of them blocks, so Go's scheduler is not told.
+// The calls on a session's socket are those of sockets (recvfrom, sendto, sendmsg), not
+// those of files (readv, writev), which touch the socket's inode as well: with 8,000
+// phones, whose inodes are in no cache, a frame cost a fifth more. None of them blocks,
+// so Go's scheduler is not told.
 
-// epollAdd adds a descriptor to an epoll set.
-func epollAdd(epfd, fd int, ev *syscall.EpollEvent) error {
-	if _, _, errno := syscall.RawSyscall6(syscall.SYS_EPOLL_CTL, uintptr(epfd), syscall.EPOLL_CTL_ADD, uintptr(fd), uintptr(unsafe.Pointer(ev)), 0, 0); errno != 0 {
-		return errno
+// call makes a system call on a descriptor.
+func call(trap uintptr, fd int, p unsafe.Pointer, n, flags int) (int, error) {
+	r, _, errno := syscall.RawSyscall6(trap, uintptr(fd), uintptr(p), uintptr(n), uintptr(flags), 0, 0)
+	if errno != 0 {
+		return 0, errno
 	}
-	return nil
+	return int(r), nil
 }
 
 // epollWait takes the events that are there.
 func epollWait(epfd int, events []syscall.EpollEvent) (int, error) {
-	n, _, errno := syscall.RawSyscall6(syscall.SYS_EPOLL_PWAIT, uintptr(epfd), uintptr(unsafe.Pointer(unsafe.SliceData(events))), uintptr(len(events)), 0, 0, 0)
-	if errno != 0 {
-		return -1, errno
-	}
-	return int(n), nil
+	return call(syscall.SYS_EPOLL_PWAIT, epfd, unsafe.Pointer(unsafe.SliceData(events)), len(events), 0)
 }
 
 // acceptSocket takes the next connection of a listening socket.
@@ -445,75 +479,25 @@ func takeSocket(nc *net.TCPConn) (int, error) {
 	return fd, err
 }
 
-// recv reads into p.
 func recv(fd int, p []byte) (int, error) {
-	n, _, errno := syscall.RawSyscall6(syscall.SYS_RECVFROM, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(p))), uintptr(len(p)), syscall.MSG_DONTWAIT, 0, 0)
-	if errno != 0 {
-		return 0, errno
-	}
-	return int(n), nil
+	return call(syscall.SYS_RECVFROM, fd, unsafe.Pointer(unsafe.SliceData(p)), len(p), syscall.MSG_DONTWAIT)
 }
 
 // send writes bufs, of which there are at most as many as a batch has views.
 func send(fd int, bufs [][]byte) (int, error) {
 	const flags = syscall.MSG_DONTWAIT | syscall.MSG_NOSIGNAL
-	var n uintptr
-	var errno syscall.Errno
 	if len(bufs) == 1 {
-		b := bufs[0]
-		n, _, errno = syscall.RawSyscall6(syscall.SYS_SENDTO, uintptr(fd), uintptr(unsafe.Pointer(unsafe.SliceData(b))), uintptr(len(b)), flags, 0, 0)
-	} else {
-		var iov [len(writeBatch{}.views)]syscall.Iovec
-		for i, b := range bufs {
-			iov[i].Base = unsafe.SliceData(b)
-			iov[i].SetLen(len(b))
-		}
-		m := syscall.Msghdr{Iov: &iov[0]}
-		setCount(&m.Iovlen, len(bufs))
-		n, _, errno = syscall.RawSyscall(syscall.SYS_SENDMSG, uintptr(fd), uintptr(unsafe.Pointer(&m)), flags)
+		return call(syscall.SYS_SENDTO, fd, unsafe.Pointer(unsafe.SliceData(bufs[0])), len(bufs[0]), flags)
 	}
-	if errno != 0 {
-		return 0, errno
+	var iov [len(writeBatch{}.views)]syscall.Iovec
+	for i, b := range bufs {
+		iov[i].Base = unsafe.SliceData(b)
+		iov[i].SetLen(len(b))
 	}
-	return int(n), nil
+	m := syscall.Msghdr{Iov: &iov[0]}
+	setCount(&m.Iovlen, len(bufs))
+	return call(syscall.SYS_SENDMSG, fd, unsafe.Pointer(&m), flags, 0)
 }
 
 // setCount sets a field whose width is the architecture's.
 func setCount[T uint32 | uint64](field *T, n int) { *field = T(n) }
-
-// write is socket's. The caller holds c.mu.
-func (s *epollSocket) write(bufs [][]byte) (int, error) {
-	if s.fd < 0 {
-		return 0, net.ErrClosed
-	}
-	total := 0
-	for _, b := range bufs {
-		total += len(b)
-	}
-	for {
-		s.loop.relay.metrics.socketWrites.Add(1)
-		n, err := send(s.fd, bufs)
-		switch {
-		case err == syscall.EINTR:
-			continue
-		case err == syscall.EAGAIN, err == nil && n < total:
-			return n, errAgain
-		}
-		return n, err
-	}
-}
-
-// unsent is socket's, as the following are.
-func (s *epollSocket) unsent() bool { return false }
-
-func (s *epollSocket) closeWrite() {
-	if s.fd >= 0 {
-		syscall.RawSyscall(syscall.SYS_SHUTDOWN, uintptr(s.fd), syscall.SHUT_WR, 0)
-	}
-}
-
-func (s *epollSocket) shutdown() {
-	if s.fd >= 0 {
-		syscall.Shutdown(s.fd, syscall.SHUT_RDWR)
-	}
-}
