@@ -57,8 +57,6 @@ type epollLoop struct {
 	epfd  int
 	set   *os.File        // of epfd
 	raw   syscall.RawConn // of set
-	wakeR int             // pipe: what others write to wake the loop
-	wakeW int
 	done  chan struct{}
 
 	sleeping atomic.Bool // the loop is about to wait, or waits
@@ -108,46 +106,27 @@ func newEpollLoop(r *relay) (poller, error) {
 	if l.epfd, err = syscall.EpollCreate1(syscall.EPOLL_CLOEXEC); err != nil {
 		return nil, fmt.Errorf("creating an epoll set: %w", err)
 	}
-	var p [2]int
-	if err = syscall.Pipe2(p[:], syscall.O_NONBLOCK|syscall.O_CLOEXEC); err != nil {
-		syscall.Close(l.epfd)
-		return nil, fmt.Errorf("creating a wake-up pipe: %w", err)
-	}
-	l.wakeR, l.wakeW = p[0], p[1]
 	syscall.SetNonblock(l.epfd, true) // what os.NewFile takes for a file to poll
 	l.set = os.NewFile(uintptr(l.epfd), "epoll set")
 	if l.raw, err = l.set.SyscallConn(); err == nil {
 		err = l.set.SetReadDeadline(time.Time{}) // fails if Go's poller does not take it
 	}
 	if err != nil {
-		l.closeFiles()
+		l.set.Close()
 		return nil, fmt.Errorf("nesting an epoll set: %w", err)
-	}
-	ev := syscall.EpollEvent{Events: syscall.EPOLLIN, Fd: int32(l.wakeR)}
-	if err = syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_ADD, l.wakeR, &ev); err != nil {
-		l.closeFiles()
-		return nil, fmt.Errorf("watching the wake-up pipe: %w", err)
 	}
 	go l.run()
 	return l, nil
 }
 
-func (l *epollLoop) closeFiles() {
-	l.set.Close()
-	syscall.Close(l.wakeR)
-	syscall.Close(l.wakeW)
-	l.wakeW = -1
-}
-
 // bind gives c a socket out of nc, which it takes over.
 func (l *epollLoop) bind(c *conn, nc net.Conn) error {
-	s := &epollSocket{loop: l, c: c}
-	var err error
+	fd, err := -1, error(nil)
 	switch nc := nc.(type) {
 	case *accepted:
-		s.fd, err = nc.take()
+		fd, err = nc.take()
 	case *net.TCPConn:
-		s.fd, err = takeSocket(nc)
+		fd, err = takeSocket(nc)
 	default:
 		return l.relay.fallback.bind(c, nc)
 	}
@@ -155,20 +134,10 @@ func (l *epollLoop) bind(c *conn, nc net.Conn) error {
 		return fmt.Errorf("taking over a socket: %w", err)
 	}
 	if c.passing == priorityBinary {
-		syscall.SetsockoptInt(s.fd, syscall.IPPROTO_TCP, tcpNotSentLowAt, mostUnsent) // an old kernel's binary is the slower one
+		syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, tcpNotSentLowAt, mostUnsent) // an old kernel's binary is the slower one
 	}
-	c.sock = s
+	c.sock = &epollSocket{loop: l, c: c, fd: fd}
 	return nil
-}
-
-// watch adds a descriptor to the epoll set. Both directions are watched from
-// the start and edge-triggered, so that nothing has to be changed later on.
-func (l *epollLoop) watch(fd int) error {
-	ev := syscall.EpollEvent{
-		Events: syscall.EPOLLIN | syscall.EPOLLOUT | syscall.EPOLLRDHUP | edgeTriggered,
-		Fd:     int32(fd),
-	}
-	return syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_ADD, fd, &ev)
 }
 
 // attach starts the reading of a bound connection. first is what arrived
@@ -187,7 +156,10 @@ func (s *epollSocket) attach(first []byte) {
 	}
 	l.conns[s.fd] = c
 	l.live++
-	err := l.watch(s.fd)
+	// Both directions are watched from the start and edge-triggered, so that nothing
+	// has to be changed later on.
+	ev := syscall.EpollEvent{Events: syscall.EPOLLIN | syscall.EPOLLOUT | syscall.EPOLLRDHUP | edgeTriggered, Fd: int32(s.fd)}
+	err := syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_ADD, s.fd, &ev)
 	if err != nil {
 		s.hup = true
 		c.paused.Store(true)
@@ -215,12 +187,8 @@ func (l *epollLoop) post(s *epollSocket) {
 	}
 }
 
-func (l *epollLoop) wake() {
-	l.mu.Lock() // a closed descriptor's number may be somebody else's by now
-	defer l.mu.Unlock()
-	var one [1]byte
-	syscall.Write(l.wakeW, one[:]) // EAGAIN: it is awake already
-}
+// wake ends the loop's wait, or the next one.
+func (l *epollLoop) wake() { l.set.SetReadDeadline(time.Unix(1, 0)) }
 
 // stop ends the loop once its connections are gone, and waits for that.
 func (l *epollLoop) stop() {
@@ -229,9 +197,7 @@ func (l *epollLoop) stop() {
 	l.mu.Unlock()
 	l.wake()
 	<-l.done
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.closeFiles()
+	l.set.Close()
 }
 
 func (l *epollLoop) run() {
@@ -265,10 +231,10 @@ func (l *epollLoop) run() {
 // wait takes what the epoll set has to tell, into told, and waits for that if it may.
 func (l *epollLoop) wait(idle bool) (n int) {
 	l.n, l.err = 0, nil
-	if idle {
-		l.raw.Read(l.take)
-	} else {
+	if !idle {
 		l.take(0)
+	} else if l.raw.Read(l.take) != nil { // wake was called; what it was for is seen to before the next wait
+		l.set.SetReadDeadline(time.Time{})
 	}
 	if l.err != nil && l.err != syscall.EINTR {
 		// Cannot happen with an epoll set of our own.
@@ -289,11 +255,6 @@ func (l *epollLoop) idle() (idle, stop bool) {
 }
 
 func (l *epollLoop) serve(ev *syscall.EpollEvent) {
-	if ev.Fd == int32(l.wakeR) {
-		var b [64]byte
-		syscall.Read(l.wakeR, b[:])
-		return
-	}
 	var c *conn
 	l.mu.Lock()
 	if int(ev.Fd) < len(l.conns) {
