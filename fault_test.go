@@ -275,7 +275,7 @@ func TestProbeQuotesStrangers(t *testing.T) {
 	}{
 		{"status", raw("HTTP/1.1 404 " + evil + "\r\n\r\n"), `"HTTP/1.1 404 \x1b]0;x\a\x1b[2J\u009b2J\u202eok\u2066\x7f\xff"`},
 		{"status without end", raw("HTTP/1.1 404 " + strings.Repeat(evil, 50) + "\r\n\r\n"), `…"`},
-		{"head without end", raw("HTTP/1.1 404 No\r\nX: " + strings.Repeat("x", 1<<20)), "xxx…"},
+		{"head without end", raw("HTTP/1.1 404 No\r\nX: " + strings.Repeat("x", 1<<20)), "no HTTP answer: the answer's head has more than 65536 bytes"},
 		{"body", raw(fmt.Sprintf(strings.Replace(same, "-23:00", "Z", 1), len(evil), evil)), `No": "\x1b]0;x`},
 		{"start time", raw(fmt.Sprintf(same, 0, "")), "not a relay"},
 		{"location", raw("HTTP/1.1 302 Found\r\nLocation: /\u009b2J\u202eok\r\n\r\n"), `a redirect to "/\u009b2J\u202eok"`},
@@ -293,7 +293,7 @@ func TestProbeQuotesStrangers(t *testing.T) {
 			}
 			for _, asJSON := range []bool{false, true} {
 				var out, progress bytes.Buffer
-				p := probe{base: base, n: 2, tls: ca.client(), shows: &probeOutput{out: &out, progress: &progress, json: asJSON}}
+				p := probe{dialer: dialer{base: base, tls: ca.client()}, n: 2, out: &out, progress: &progress, json: asJSON}
 				p.run(t.Context())
 				shown := out.String()
 				if asJSON {
@@ -340,7 +340,7 @@ func TestPeerRefusesStrangeFrames(t *testing.T) {
 				b.idle = 50 * time.Millisecond
 			}
 			d := dialer{base: &url.URL{Scheme: "ws", Host: b.addr}}
-			c, err := d.dial(t.Context(), rolePhone, "server", "")
+			c, _, err := d.dial(t.Context(), rolePhone, "server", "")
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -361,21 +361,22 @@ func TestExplainNames(t *testing.T) {
 	t.Parallel()
 	base := &url.URL{Scheme: "wss", Host: "relay.test"}
 	for _, tt := range []struct {
+		step         dialStep
 		err          error
 		what, remedy string
 	}{
-		{&dialError{stepDNS, &dialTrace{}, &net.DNSError{Err: "no such host", Name: "relay.test", IsNotFound: true}}, "the name relay.test is not known here", "split DNS"},
-		{&dialError{stepDNS, &dialTrace{}, &net.DNSError{Err: "server misbehaving", Name: "relay.test"}}, "server misbehaving", "resolv.conf"},
-		{&dialError{stepTCP, &dialTrace{}, fmt.Errorf("dial: %w", os.ErrDeadlineExceeded)}, "nobody answers there", "hairpin NAT"},
-		{&dialError{stepTCP, &dialTrace{}, syscall.EHOSTUNREACH}, "no route to host", "route"},
-		{&dialError{stepTLS, &dialTrace{}, tls.AlertError(40)}, "refused the TLS handshake", "a certificate for relay.test"},
-		{&dialError{stepTLS, &dialTrace{}, io.EOF}, "the TLS handshake failed: EOF", "speaks TLS"},
-		{&endError{code: 1001, reason: "shutting down"}, `closed 1001 "shutting down"`, "the relay was stopped just then"},
-		{&endError{code: 1001}, `closed 1001`, "stream_close_delay 5m"},
-		{&endError{code: 1011, reason: "heartbeat timeout"}, `closed 1011 "heartbeat timeout"`, "relay's log"},
-		{&endError{code: 1006, err: io.EOF}, "connection lost: EOF", "proxy's log"},
+		{stepDNS, &net.DNSError{Err: "no such host", Name: "relay.test", IsNotFound: true}, "the name relay.test is not known here", "split DNS"},
+		{stepDNS, &net.DNSError{Err: "server misbehaving", Name: "relay.test"}, "server misbehaving", "resolv.conf"},
+		{stepTCP, fmt.Errorf("dial: %w", os.ErrDeadlineExceeded), "nobody answers there", "hairpin NAT"},
+		{stepTCP, syscall.EHOSTUNREACH, "no route to host", "route"},
+		{stepTLS, tls.AlertError(40), "refused the TLS handshake", "a certificate for relay.test"},
+		{stepTLS, io.EOF, "the TLS handshake failed: EOF", "speaks TLS"},
+		{stepSession, &endError{code: 1001, reason: "shutting down"}, `closed 1001 "shutting down"`, "the relay was stopped just then"},
+		{stepSession, &endError{code: 1001}, `closed 1001`, "stream_close_delay 5m"},
+		{stepSession, &endError{code: 1011, reason: "heartbeat timeout"}, `closed 1011 "heartbeat timeout"`, "relay's log"},
+		{stepSession, &endError{code: 1006, err: io.EOF}, "connection lost: EOF", "proxy's log"},
 	} {
-		if f := diagnose(base, tt.err); !strings.Contains(f.what, tt.what) || !strings.Contains(f.remedy, tt.remedy) {
+		if f := diagnose(base, &dialTrace{step: tt.step}, tt.err); !strings.Contains(f.what, tt.what) || !strings.Contains(f.remedy, tt.remedy) {
 			t.Errorf("%v: %+v, want %q and %q", tt.err, f, tt.what, tt.remedy)
 		}
 	}

@@ -37,7 +37,7 @@ func runSteps(t *testing.T, target string, n int, idle time.Duration, config *tl
 		t.Fatal(err)
 	}
 	var out, progress bytes.Buffer
-	p := probe{base: base, n: n, idle: idle, tls: config, shows: &probeOutput{out: &out, progress: &progress}}
+	p := probe{dialer: dialer{base: base, tls: config}, n: n, idle: idle, out: &out, progress: &progress}
 	ok := p.run(t.Context())
 	return probeRun{ok, p.report, out.String(), progress.String()}
 }
@@ -98,8 +98,8 @@ func TestProbeGood(t *testing.T) {
 			if rt := p.report.RoundTrip; rt == nil || rt.Min <= 0 || rt.Min > rt.Median || rt.Median > rt.Max {
 				t.Errorf("round trip %+v", rt)
 			}
-			if want := []probeInstance{{r.id.id, r.id.started, 5}}; !slices.Equal(p.report.Instances, want) {
-				t.Errorf("instances %+v, want %+v", p.report.Instances, want)
+			if i := p.report.Instances; len(i) != 1 || i[0].ID != r.id.id || i[0].Started != r.id.started || i[0].Connections != 5 {
+				t.Errorf("instances %+v, want 5 connections to %v", i, r.id)
 			}
 			if !strings.HasSuffix(p.text, "\nThis relay works from here.\n") {
 				t.Errorf("the last line is not the verdict:\n%s", p.text)
@@ -321,7 +321,7 @@ func TestProbeProgress(t *testing.T) {
 		t.Fatal(err)
 	}
 	var screen bytes.Buffer
-	p := probe{base: base, n: 3, shows: &probeOutput{out: &screen, progress: &screen, live: true}}
+	p := probe{dialer: dialer{base: base}, n: 3, out: &screen, progress: &screen, live: true}
 	if !p.run(t.Context()) {
 		t.Error("a good relay fails")
 	}

@@ -20,7 +20,7 @@ import (
 // lookFrom makes one round as r does, through addr.
 func lookFrom(t *testing.T, r *testRelay, addr string, joins int) roundResult {
 	t.Helper()
-	p := &publicPath{me: r.id, standing: r.standing, base: &url.URL{Scheme: "ws", Host: addr}, keys: r.probes}
+	p := &publicPath{me: r.id, standing: r.standing, keys: r.probes, dialer: dialer{base: &url.URL{Scheme: "ws", Host: addr}}}
 	f := p.round(t.Context(), joins)
 	r.probes.serverIDs.Range(func(nonce, id any) bool {
 		t.Errorf("the nonce %v for %v outlives its round", nonce, id)

@@ -1,17 +1,179 @@
 package main
 
 import (
+	"cmp"
+	"context"
+	"crypto/rand"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
+	mrand "math/rand/v2"
 	"net"
+	"net/http"
 	"runtime"
+	"slices"
+	"strconv"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"time"
 )
+
+// What keeps a second relay from running unnoticed: who this process is, the
+// instance lock on this host, and the check of the public name across hosts. What
+// a second relay does: docs/architecture.md, Single-instance constraint.
+
+// instanceHeader is in every answer of the WebSocket endpoints: who gave it.
+const instanceHeader = "X-Pyrycode-Relay-Instance"
+
+// standingHeader is beside it: what decides which of two relays stays. It is a
+// header of its own, because older relays read the other to its end.
+const standingHeader = "X-Pyrycode-Relay-Standing"
+
+// identity tells one relay process from another. Neither part is a secret.
+type identity struct {
+	id      string // 16 hexadecimal digits
+	started time.Time
+}
+
+func newIdentity(now time.Time) identity {
+	var b [8]byte
+	rand.Read(b[:])
+	return identity{hex.EncodeToString(b[:]), now.UTC().Truncate(time.Millisecond)}
+}
+
+// String is the identity as it stands in instanceHeader: id, start time.
+func (i identity) String() string { return i.id + ", " + i.started.Format(time.RFC3339Nano) }
+
+// parseIdentity reads an instanceHeader.
+func parseIdentity(s string) (identity, error) {
+	id, at, ok := strings.Cut(s, ", ")
+	if b, err := hex.DecodeString(id); !ok || err != nil || len(b) != 8 {
+		return identity{}, fmt.Errorf("%q is not an instance: want 16 hexadecimal digits, a comma and a start time", s)
+	}
+	started, err := time.Parse(time.RFC3339Nano, at)
+	if err != nil {
+		return identity{}, fmt.Errorf("start time of instance %s: %w", id, err)
+	}
+	// Any other year cannot be written again, not even as JSON.
+	if started = started.UTC(); started.Year() < 1 || started.Year() > 9999 {
+		return identity{}, fmt.Errorf("start time of instance %s: %q is no such time", id, at)
+	}
+	return identity{id, started}, nil
+}
+
+// olderThan is how older relays decide which of two instances stays, by clocks
+// that may be wrong: the one that started first; at equal times the smaller id.
+func (i identity) olderThan(other identity) bool {
+	if !i.started.Equal(other.started) {
+		return i.started.Before(other.started)
+	}
+	return i.id < other.id
+}
+
+// standing is what decides which of two relays stays.
+type standing struct {
+	age    time.Duration // since the start, by a monotonic clock: nobody sets that
+	users  bool          // it holds claims of users' binaries, graces included
+	yields bool          // it is about to give way to another
+}
+
+// String is the standing as it is in standingHeader: seconds, then words.
+func (s standing) String() string {
+	text := strconv.FormatFloat(s.age.Seconds(), 'f', 3, 64)
+	if s.users {
+		text += ", users"
+	}
+	if s.yields {
+		text += ", yields"
+	}
+	return text
+}
+
+// parseStanding reads a standingHeader. Words that this relay does not know are
+// for later ones.
+func parseStanding(text string) (s standing, err error) {
+	const longest = 100 * 365 * 24 * 60 * 60
+	age, words, _ := strings.Cut(text, ",")
+	seconds, err := strconv.ParseFloat(age, 64)
+	if err != nil || !(seconds >= 0 && seconds <= longest) {
+		return standing{}, fmt.Errorf("%s is not a standing: want seconds, and words behind commas", quote(text))
+	}
+	s.age = time.Duration(seconds * float64(time.Second))
+	for word := range strings.SplitSeq(words, ",") {
+		switch strings.TrimSpace(word) {
+		case "users":
+			s.users = true
+		case "yields":
+			s.yields = true
+		}
+	}
+	return s, nil
+}
+
+// publicVerdict is what the check through the public URL found.
+type publicVerdict uint8
+
+const (
+	publicOff         publicVerdict = iota // no -public-url
+	publicPending                          // the first round is not over
+	publicVerified                         // all connections reached this process
+	publicSplit                            // another relay answers, too
+	publicNotARelay                        // something else answers
+	publicUnreachable                      // nothing does
+	publicVerdictCount
+)
+
+var publicWords = [publicVerdictCount]string{"off", "pending", "verified", "split", "not-a-relay", "unreachable"}
+
+func (v publicVerdict) String() string { return publicWords[v] }
+
+// instanceState is what the checks have found so far, for /healthz, /metrics and
+// standingHeader.
+type instanceState struct {
+	bypassed atomic.Bool   // PYRYCODE_RELAY_SINGLE_INSTANCE=1: the instance lock decides nothing
+	public   atomic.Uint32 // a publicVerdict
+	yields   atomic.Bool   // this relay is about to give way to another
+}
+
+func (s *instanceState) verdict() publicVerdict { return publicVerdict(s.public.Load()) }
+
+// probeHeader carries the nonce by which the relay knows its own check when it
+// comes back through the public URL.
+const probeHeader = "X-Pyrycode-Relay-Probe"
+
+// probePrefix begins the server-ids of checks and probes, which are no users'.
+const probePrefix = "probe-"
+
+// probeKeys are the nonces under way. Each is random, known to this process only,
+// good for one upgrade to one server-id, and forgotten once that upgrade has been
+// answered, so that another relay or a proxy that sees one pass by has no use for it.
+type probeKeys struct{ serverIDs sync.Map } // by nonce
+
+// issue makes a nonce for one upgrade to a server-id.
+func (p *probeKeys) issue(serverID string) string {
+	nonce := rand.Text()
+	p.serverIDs.Store(nonce, serverID)
+	return nonce
+}
+
+// valid reports whether a nonce is for serverID, and uses it up.
+func (p *probeKeys) valid(serverID, nonce string) bool {
+	return p.serverIDs.CompareAndDelete(nonce, serverID)
+}
+
+// withdraw forgets a nonce, and reports whether it has come back, and so has reached
+// this relay.
+func (p *probeKeys) withdraw(nonce string) (used bool) {
+	_, unused := p.serverIDs.LoadAndDelete(nonce)
+	return !unused
+}
+
+// ---- the instance lock ----
 
 // The first guard against a second relay: one port on this host that only one
 // process can bind. The kernel makes that atomic, whatever the user, the working
@@ -238,26 +400,507 @@ func (l *instanceLock) Close() error {
 	return err
 }
 
-// platformSign is what betrays a platform on which one command runs a second
-// relay on another host, where no port of this one can notice it.
-func platformSign(env map[string]string) (variable, platform string) {
-	for _, p := range [...][2]string{{"FLY_APP_NAME", "Fly.io"}, {"KUBERNETES_SERVICE_HOST", "Kubernetes"}} {
-		if env[p[0]] != "" {
-			return p[0], p[1]
-		}
-	}
-	return "", ""
-}
-
 // checkPlatform refuses to start where scaling out is one command and nothing
 // would notice it.
 func checkPlatform(o options, env map[string]string) error {
-	variable, platform := platformSign(env)
-	if variable == "" || o.publicURL != nil || o.bypass {
+	if o.publicURL != nil || o.bypass {
 		return nil
 	}
-	return fmt.Errorf("multi-instance deploy detected: %s is set, and on %s one command runs a second relay, whose registry is another: "+
-		"a phone that lands on the wrong one gets a silent 4404 although its binary is online: "+
-		"give -public-url wss://your.relay (or %s), with which the relay verifies instead of assuming that it is alone, "+
-		"or, for an emergency or a migration only, set %s=1", variable, platform, envName("public-url"), bypassName)
+	for _, p := range [...][2]string{{"FLY_APP_NAME", "Fly.io"}, {"KUBERNETES_SERVICE_HOST", "Kubernetes"}} {
+		if variable, platform := p[0], p[1]; env[variable] != "" {
+			return fmt.Errorf("multi-instance deploy detected: %s is set, and on %s one command runs a second relay, whose registry is another: "+
+				"a phone that lands on the wrong one gets a silent 4404 although its binary is online: "+
+				"give -public-url wss://your.relay (or %s), with which the relay verifies instead of assuming that it is alone, "+
+				"or, for an emergency or a migration only, set %s=1", variable, platform, envName("public-url"), bypassName)
+		}
+	}
+	return nil
+}
+
+// ---- the check of the public name ----
+
+// The second guard against a second relay, across hosts: this one asks its own
+// public name who answers there (-public-url). What is found is a verdict for
+// the log, /healthz and /metrics; only an older relay behind the same name, seen
+// again and again, ends this process. How a round looks: publicround.go.
+
+const (
+	firstJoins = 8 // phones in the first round
+	laterJoins = 4
+	// splitRounds is how often, and checkPace.over for how long, a relay that is to
+	// stay must be seen before this one gives way: a rolling update overlaps for
+	// seconds.
+	splitRounds = 3
+	// splitDoubts is for how many times checkPace.over it counts who holds binaries
+	// of users: one that comes and goes must not keep two relays for ever.
+	splitDoubts = 4
+)
+
+// checkPace is when the public name is checked.
+type checkPace struct {
+	every time.Duration // between rounds, while all is well
+	again time.Duration // between rounds after one that was not
+	over  time.Duration // how long a split lasts before one relay gives way
+	skew  time.Duration // how wrong the clock is at the start: for tests alone
+}
+
+func defaultPace() checkPace {
+	return checkPace{every: 5 * time.Minute, again: 30 * time.Second, over: 90 * time.Second}
+}
+
+// paceName is for tests of a whole process, which cannot wait for minutes. It is
+// no option: an operator has no reason to know of it.
+const paceName = "PYRYCODE_RELAY_TEST_PUBLIC_CHECK"
+
+// paceFrom reads the variable paceName: every,again,over as in 2s,500ms,1500ms, and
+// perhaps skew.
+func paceFrom(env map[string]string) (checkPace, error) {
+	p := defaultPace()
+	v, set := env[paceName]
+	if !set {
+		return p, nil
+	}
+	parts := strings.Split(v, ",")
+	into := []*time.Duration{&p.every, &p.again, &p.over, &p.skew}
+	for i, s := range parts {
+		d, err := time.ParseDuration(s)
+		if len(parts) != 3 && len(parts) != 4 || err != nil || d <= 0 && i < 3 {
+			return p, fmt.Errorf("invalid value %q for variable %s: want three durations, such as 2s,500ms,1500ms", v, paceName)
+		}
+		*into[i] = d
+	}
+	return p, nil
+}
+
+// publicCheck checks the public name until its context ends.
+type publicCheck struct {
+	// Set at the start.
+	me     identity
+	began  time.Time // when it started, by the monotonic clock
+	url    string
+	bypass bool
+	pace   checkPace
+	state  *instanceState
+	log    *slog.Logger
+	round  func(ctx context.Context, joins int) roundResult
+	leave  chan error // says that this process must give way
+
+	cancel context.CancelFunc
+	wg     sync.WaitGroup
+
+	// Owned by run.
+	suspected bool // the last round saw a split, the one before did not
+	changed   time.Time
+	seen      map[string]*observation // by id: other relays, since the split began
+}
+
+// sighting is another relay that answers to our name.
+type observation struct {
+	since  time.Time // when it was seen first
+	rounds int       // in a row in which it was the one to stay
+	first  time.Time // when the first of them was judged
+}
+
+// startPublicCheck starts the check, if there is a -public-url.
+func startPublicCheck(o options, r *relay) *publicCheck {
+	c := &publicCheck{
+		me: r.id, began: r.started, bypass: o.bypass, pace: o.checkPace, state: r.instance, log: r.log, leave: make(chan error, 1),
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	c.cancel = cancel
+	if o.publicURL == nil {
+		return c
+	}
+	c.url = o.publicURL.String()
+	path := &publicPath{
+		me: r.id, standing: r.standing, keys: r.probes, pause: min(o.checkPace.again/10, longestPause), dialer: dialer{base: o.publicURL},
+	}
+	c.round = path.round
+	c.state.public.Store(uint32(publicPending))
+	c.wg.Go(func() { c.run(ctx) })
+	return c
+}
+
+// stop ends the check and whatever it has open.
+func (c *publicCheck) stop() {
+	c.cancel()
+	c.wg.Wait()
+}
+
+func (c *publicCheck) run(ctx context.Context) {
+	joins := firstJoins
+	wait := min(time.Second, c.pace.again) // the listener has just opened
+	for {
+		select {
+		case <-time.After(wait):
+		case <-ctx.Done():
+			return
+		}
+		f := c.round(ctx, joins)
+		if ctx.Err() != nil {
+			return
+		}
+		joins = laterJoins
+		if err := c.judge(f, time.Now()); err != nil {
+			c.leave <- err
+			return
+		}
+		wait = c.pace.every
+		// What has just gone wrong may be over soon.
+		if c.suspected || c.state.verdict() != publicVerified && time.Since(c.changed) < 2*c.pace.every {
+			wait = c.pace.again
+		}
+		wait = wait*9/10 + mrand.N(wait/5+1)
+	}
+}
+
+// judge makes a verdict of a finding. An error names the relay for which this one
+// gives way. One round alone is no split: while a relay is replaced
+// both answer for a moment.
+func (c *publicCheck) judge(f roundResult, now time.Time) error {
+	was := c.state.verdict()
+	if f.verdict == publicSplit && was != publicSplit && !c.suspected {
+		c.suspected = true
+		c.log.Info("another relay answered to the public name; checking again", "url", c.url, "other", names(f.others), "in", c.pace.again)
+		c.sight(f.others, now)
+		return nil
+	}
+	c.suspected = false
+	if f.verdict != was {
+		c.changed = now
+		c.state.public.Store(uint32(f.verdict))
+		c.report(f, now)
+	}
+	if f.verdict != publicSplit {
+		c.seen = nil
+		c.state.yields.Store(false)
+		return nil
+	}
+	return c.sight(f.others, now)
+}
+
+// ---- which of two relays stays ----
+
+// rival is another relay as one of its answers shows it, beside this one at that
+// moment.
+type rival struct {
+	identity
+	asked  time.Time // the answer is from then or a little later
+	told   bool      // it tells its standing, which older relays do not
+	theirs standing
+	mine   standing // when it was asked, so that its age is the least it can be
+}
+
+// sameAge is the difference between ages that two relays do not argue about.
+const sameAge = time.Second
+
+// prevails reports whether the other relay is the one to stay, and why. Both come
+// to the same result, whatever their clocks say of the date: who holds binaries of
+// users, unless the ages alone are to count, then who has run for longer, then the
+// smaller id.
+func (o *rival) prevails(me identity, agesAlone bool) (stays bool, why string) {
+	switch ahead := o.mine.age - o.theirs.age; {
+	case !o.told:
+		return o.olderThan(me), "it is of an older version, and started first by its clock"
+	case o.theirs.users != o.mine.users && !agesAlone:
+		return o.theirs.users, "it holds binaries of users, and this one holds none"
+	case ahead > sameAge || ahead < -sameAge:
+		return ahead < 0, "it has run for longer"
+	}
+	return o.id < me.id, "both have run for the same time, and its id is the smaller one"
+}
+
+// age is how long the other has run.
+func (o *rival) age(now time.Time) time.Duration {
+	if o.told {
+		return o.theirs.age + now.Sub(o.asked)
+	}
+	return now.Sub(o.started)
+}
+
+// sight remembers others, and which of them this relay gives way to. The error, if
+// it is time for one, names the oldest for which it was so often and long enough.
+//
+// Never do two leave for each other. A relay says in its answers that it yields
+// for c.pace.over at least before it leaves, and what it leaves upon is an answer
+// not older than half of that. So of two that are about to, one knows it of the
+// other, and there only the greater id leaves. Nor do both stay: each takes its own
+// age at the least, so in doubt both yield; and what changes meanwhile, which is
+// who holds users' binaries, counts for splitDoubts times c.pace.over only.
+func (c *publicCheck) sight(others []rival, now time.Time) error {
+	if c.seen == nil {
+		c.seen = map[string]*observation{}
+	}
+	var stays *rival
+	var why string
+	for i := range others {
+		o := &others[i]
+		s := c.seen[o.id]
+		if s == nil {
+			s = &observation{since: now}
+			c.seen[o.id] = s
+		}
+		gives, reason := o.prevails(c.me, now.Sub(s.since) >= splitDoubts*c.pace.over)
+		if o.theirs.yields {
+			gives, reason = s.rounds > 0 && o.id < c.me.id, "each would give way to the other, and its id is the smaller one"
+		}
+		if !gives {
+			s.rounds = 0
+			continue
+		}
+		if s.rounds++; s.rounds == 1 {
+			s.first = now
+		}
+		confirmed := s.rounds >= splitRounds && o.asked.Sub(s.first) >= c.pace.over && now.Sub(o.asked) <= c.pace.over/2
+		if confirmed && (stays == nil || o.age(now) > stays.age(now)) {
+			stays, why = o, reason
+		}
+	}
+	yields := false
+	for _, s := range c.seen {
+		yields = yields || s.rounds > 0 && !c.bypass
+	}
+	c.state.yields.Store(yields)
+	if stays == nil || c.bypass {
+		return nil
+	}
+	s := c.seen[stays.id]
+	return fmt.Errorf("refusing to go on: multi-instance deploy detected: relay %s, up %s (since %s by its clock), answers to %s as well, seen %d times within %v; "+
+		"each has a registry of its own, and a phone that lands on the wrong one gets a silent 4404 although its binary is online: "+
+		"this one (%s, up %s) stops, so that one goes on: %s; run exactly one behind that name, or, for an emergency or a migration only, set %s=1",
+		stays.id, age(stays.age(now)), stays.started.Format(time.RFC3339), c.url, s.rounds, now.Sub(s.first).Round(time.Second),
+		c.me.id, age(now.Sub(c.began)), why, bypassName)
+}
+
+// report logs a verdict that is new.
+func (c *publicCheck) report(f roundResult, now time.Time) {
+	switch f.verdict {
+	case publicVerified:
+		c.log.Info("public name verified: it leads to this relay and to no other", "url", c.url, "phones", f.joins)
+	case publicSplit:
+		next := "the other one stops if it has -public-url, too"
+		for _, other := range f.others {
+			if stays, why := other.prevails(c.me, false); stays {
+				next = fmt.Sprintf("this relay stops if that lasts for %v: %s", c.pace.over, why)
+			}
+		}
+		if c.bypass {
+			next = bypassName + "=1: this relay goes on"
+		}
+		args := []any{"url", c.url, "other", names(f.others), "instance", c.me.id, "age", now.Sub(c.began), "next", next}
+		if len(f.others) > 0 {
+			args = append(args, "other_age", f.others[0].age(now))
+		}
+		c.log.Error("multi-instance deploy detected: another relay answers to the public name, and a phone that lands on the wrong one gets 4404 although its binary is online: run exactly one",
+			args...)
+	case publicNotARelay:
+		c.log.Warn("public name not verified: something that is not this relay answers", "url", c.url, "found", f.diagnosis.what, "remedy", f.diagnosis.remedy, "phones", f.joins, "failed", f.failed)
+	case publicUnreachable:
+		if f.failed < f.joins {
+			c.log.Warn("public name not verified: some of the connections through it fail", "url", c.url, "found", f.diagnosis.what, "remedy", f.diagnosis.remedy, "phones", f.joins, "failed", f.failed)
+			return
+		}
+		c.log.Warn("public name not verified: this relay does not reach itself through it, and serves on; behind a home router (hairpin NAT, split DNS) that is common, and no harm if peers do",
+			"url", c.url, "found", f.diagnosis.what, "remedy", f.diagnosis.remedy, "phones", f.joins, "failed", f.failed)
+	}
+}
+
+// names lists instances for the log.
+func names(others []rival) string {
+	if len(others) == 0 {
+		return "a relay that does not say who it is, of an older version"
+	}
+	var all []string
+	for _, o := range others {
+		all = append(all, o.id)
+	}
+	return strings.Join(all, " ")
+}
+
+// ---- one round of it ----
+
+// A round is a claim, and phones that join it, all from outside. A phone that gets
+// 4404 while the claim is held is the failure that is looked for; instanceHeader
+// tells which relay gave an answer.
+
+const (
+	// maxClaims is how many server-ids are tried until a claim lands here. A
+	// balancer that sticks by server-id brings every other one to the other of
+	// two relays, which is no fault as long as phones follow; with four relays
+	// one round in a hundred has no claim here.
+	maxClaims = 16
+	// maxMisses is how many claims may reach no relay at all.
+	maxMisses = 3
+	// elsewhereJoins are the phones that look whether they follow a claim on
+	// another relay, for the first elsewhereLooks of such claims.
+	elsewhereJoins = 2
+	elsewhereLooks = 4
+	// longestPause is what two connections are apart at the most.
+	longestPause = 150 * time.Millisecond
+)
+
+// publicPath is the way through the public name.
+type publicPath struct {
+	me       identity
+	standing func() standing // of this relay
+	keys     *probeKeys
+	pause    time.Duration // at most, between two connections
+	dialer   dialer
+}
+
+// outcome is what one connection reached, as the verdict that it alone would give.
+type outcome struct {
+	verdict   publicVerdict
+	who       rival     // of publicSplit; zero if it does not say
+	diagnosis diagnosis // of publicNotARelay and publicUnreachable
+}
+
+// roundResult is what one round found.
+type roundResult struct {
+	verdict   publicVerdict // verified, split, not-a-relay or unreachable
+	others    []rival       // of a split: who else answers, the oldest first, without those that do not say who they are
+	diagnosis diagnosis     // of the rest
+	joins     int           // phones that tried
+	failed    int           // of them
+}
+
+// add adds a connection. The verdict that is worst to miss stands, and of each other
+// relay its latest answer.
+func (f *roundResult) add(r outcome) {
+	if r.verdict != publicVerified && (f.verdict == publicVerified || r.verdict < f.verdict) {
+		f.verdict, f.diagnosis = r.verdict, r.diagnosis
+	}
+	if r.who.id != "" {
+		now := time.Now()
+		f.others = slices.DeleteFunc(f.others, func(o rival) bool { return o.id == r.who.id })
+		f.others = append(f.others, r.who)
+		slices.SortFunc(f.others, func(a, b rival) int { return cmp.Compare(b.age(now), a.age(now)) })
+	}
+}
+
+// round looks once, with a number of phones.
+func (p *publicPath) round(ctx context.Context, joins int) roundResult {
+	f := roundResult{verdict: publicVerified}
+	var elsewhere []outcome
+	for misses := 0; len(elsewhere)+misses < maxClaims && misses < maxMisses && ctx.Err() == nil; {
+		follow := elsewhereJoins
+		if len(elsewhere) >= elsewhereLooks {
+			follow = 0
+		}
+		switch r := p.tryID(ctx, joins, follow, &f); {
+		case r.verdict == publicVerified:
+			return f
+		case r.verdict != publicSplit:
+			misses++
+			f.add(r)
+		case f.verdict == publicSplit: // its phones came here, or to a third relay
+			f.add(r)
+			return f
+		default:
+			elsewhere = append(elsewhere, r)
+		}
+		p.rest(ctx)
+	}
+	for _, r := range elsewhere {
+		f.add(r)
+	}
+	return f
+}
+
+// tryID claims a new server-id and joins it, with so many phones if the claim is
+// held here, and so many if it is elsewhere. It returns what the claim reached; what
+// the phones do goes into f.
+func (p *publicPath) tryID(ctx context.Context, joins, follow int, f *roundResult) outcome {
+	h := newHousehold(p.open)
+	defer h.close()
+	t, err := h.hold(ctx)
+	at := p.reached(t, err)
+	switch {
+	case at.verdict == publicVerified && t.step == stepSession && err != nil: // it leads here, and frames are lost on the way
+		return outcome{verdict: publicUnreachable, diagnosis: diagnose(p.dialer.base, t, err)}
+	case at.verdict == publicVerified:
+		for range joins {
+			p.rest(ctx)
+			r := p.join(ctx, h, true)
+			f.add(r)
+			f.joins++
+			if r.verdict != publicVerified {
+				f.failed++
+			}
+		}
+	case at.verdict == publicSplit:
+		for range follow {
+			p.rest(ctx)
+			switch r := p.join(ctx, h, false); {
+			case r.verdict == publicVerified:
+				f.add(outcome{verdict: publicSplit}) // the claim is over there, and this phone is here
+			case r.verdict == publicSplit && r.who.id != at.who.id:
+				f.add(r)
+			}
+		}
+	}
+	return at
+}
+
+// join is one phone. Where the claim is here, its frame must come there and back.
+func (p *publicPath) join(ctx context.Context, h *household, here bool) outcome {
+	phone, t, err := h.join(ctx)
+	if phone != nil {
+		defer phone.close()
+	}
+	switch r := p.reached(t, err); {
+	case phone == nil, !here, h.claim == nil, r.verdict == publicSplit:
+		return r
+	case err == nil: // whatever became of the header: the frame was here
+		return outcome{verdict: publicVerified}
+	case r.verdict == publicVerified:
+		return outcome{verdict: publicUnreachable, diagnosis: diagnose(p.dialer.base, t, err)}
+	case h.astray(err):
+		return outcome{verdict: publicSplit}
+	default:
+		return r
+	}
+}
+
+// open dials with a nonce of its own.
+func (p *publicPath) open(ctx context.Context, role role, serverID string) (*wsPeer, *dialTrace, error) {
+	nonce := p.keys.issue(serverID)
+	peer, t, err := p.dialer.dial(ctx, role, serverID, nonce)
+	t.nonce = p.keys.withdraw(nonce)
+	return peer, t, err
+}
+
+// reached tells which relay got a request.
+func (p *publicPath) reached(t *dialTrace, err error) outcome {
+	a := t.answer
+	who, named := a.identity()
+	here := named && who.id == p.me.id || !named && t.nonce // a proxy may take the header away
+	switch {
+	case a == nil, here && (a.code == http.StatusBadRequest || a.code == http.StatusUpgradeRequired):
+		// Peers get no further: something on the way takes their headers away.
+		return outcome{verdict: publicUnreachable, diagnosis: diagnose(p.dialer.base, t, err)}
+	case here:
+		return outcome{verdict: publicVerified}
+	case named:
+		o := rival{identity: who, asked: a.asked, mine: p.standing()}
+		o.mine.age -= time.Since(a.asked)
+		o.theirs, o.told = a.standing()
+		return outcome{verdict: publicSplit, who: o}
+	}
+	if t.step == stepSession {
+		err = fmt.Errorf("%s comes without %s: a relay of an older version, or a proxy that takes that header away", quote(a.status), instanceHeader)
+	}
+	return outcome{verdict: publicNotARelay, diagnosis: diagnose(p.dialer.base, t, err)}
+}
+
+// rest is a pause of random length, so that of two relays that check at the same
+// time behind a round robin each does not get just its own.
+func (p *publicPath) rest(ctx context.Context) {
+	if p.pause <= 0 {
+		return
+	}
+	select {
+	case <-time.After(mrand.N(p.pause)):
+	case <-ctx.Done():
+	}
 }
