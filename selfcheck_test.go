@@ -2,21 +2,36 @@ package main
 
 import (
 	"bufio"
+	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"log/slog"
+	"math/rand/v2"
 	"net"
+	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 )
 
-// The lock: who may start, and what a second relay is told.
+// What keeps a second relay from running unnoticed: the instance lock with whole
+// programs; the check of the public name over time with rounds made up and the clock
+// of synctest, and round by round with real relays behind a balancer.
+
+// ---- the instance lock ----
 
 // lockOf is the -instance-lock of a program.
 func lockOf(p *program) string {
@@ -43,7 +58,7 @@ func withLock(lock string, more ...string) []string {
 	return append([]string{"PYRYCODE_RELAY_INSTANCE_LOCK=" + lock}, more...)
 }
 
-func TestSecondRelayIsRefused(t *testing.T) {
+func TestLockRefusesASecondRelay(t *testing.T) {
 	t.Parallel()
 	first := startProgram(t, nil).listening()
 	lock := lockOf(first)
@@ -59,7 +74,7 @@ func TestSecondRelayIsRefused(t *testing.T) {
 	}
 }
 
-func TestHolderSaysWhoItIs(t *testing.T) {
+func TestLockHolderSaysWhoItIs(t *testing.T) {
 	t.Parallel()
 	before := time.Now().Add(-time.Second)
 	p := startProgram(t, nil).listening()
@@ -102,32 +117,13 @@ func TestHolderSaysWhoItIs(t *testing.T) {
 	}
 }
 
-func TestHolderSaysThatItIsShuttingDown(t *testing.T) {
+func TestLockHolderSaysThatItIsShuttingDown(t *testing.T) {
 	t.Parallel()
 	p := startProgram(t, nil, "-drain", "1h").listening()
 	p.connect("/v2/server", binaryHeaders("s")) // never answers, so that the drain lasts
 	p.signal(syscall.SIGTERM)
 	eventually(t, "the holder drains", func() bool { h := holderOf(p); return h != nil && h.Draining })
 	startProgram(t, withLock(lockOf(p))).wantRefusal(2, "multi-instance deploy detected", "shutting down just now")
-}
-
-// strangers hold the lock and are no relay.
-var strangers = []struct {
-	name  string
-	talk  func(net.Conn)
-	words string
-}{
-	{"answers", func(nc net.Conn) { fmt.Fprint(nc, "SSH-2.0-x\r\nmore\x1b[2J"); nc.Close() }, `(it says "SSH-2.0-x\r\nmore\x1b[2J")`},
-	{"answers with JSON", func(nc net.Conn) { fmt.Fprintln(nc, `{"program":"other"}`); nc.Close() }, `(it says "{\"program\":\"other\"}")`},
-	{"talks without end", func(nc net.Conn) {
-		for {
-			if _, err := nc.Write(make([]byte, 4096)); err != nil {
-				return
-			}
-		}
-	}, `(it says "\x00`},
-	{"closes", func(nc net.Conn) { nc.Close() }, "(it closes the connection)"},
-	{"resets", func(nc net.Conn) { nc.(*net.TCPConn).SetLinger(0); nc.Close() }, "(it resets the connection)"},
 }
 
 // TestLockHeldByFrozenRelay: what says nothing may be a relay that is stopped. A
@@ -174,7 +170,7 @@ func TestHolderLineThatMakesNoSense(t *testing.T) {
 	ahead.Started, ahead.Uptime = time.Now().Add(72*time.Hour), 60
 	for _, h := range []lockInfo{good, ahead} {
 		line, _ := json.Marshal(h)
-		lock := stranger(t, func(nc net.Conn) { nc.Write(line); nc.Close() })
+		lock := serveRaw(t, nil, func(nc net.Conn) { nc.Write(line); nc.Close() })
 		_, err := lockInstance(lock, lockInfo{})
 		if err == nil || !strings.Contains(err.Error(), "multi-instance deploy detected") || !strings.Contains(err.Error(), "kill 4242") {
 			t.Fatalf("a good line: %v", err)
@@ -203,7 +199,7 @@ func TestHolderLineThatMakesNoSense(t *testing.T) {
 			h := good
 			change(&h)
 			line, _ := json.Marshal(h)
-			lock := stranger(t, func(nc net.Conn) { nc.Write(append(line, '\n')); nc.Close() })
+			lock := serveRaw(t, nil, func(nc net.Conn) { nc.Write(append(line, '\n')); nc.Close() })
 			_, err := lockInstance(lock, lockInfo{})
 			if err == nil {
 				t.Fatal("the lock is free")
@@ -222,56 +218,65 @@ func TestHolderLineThatMakesNoSense(t *testing.T) {
 	}
 }
 
+// TestLockHeldByStranger: what holds the lock and is no relay is told by what it does.
 func TestLockHeldByStranger(t *testing.T) {
 	t.Parallel()
-	for _, s := range strangers {
-		t.Run(s.name, func(t *testing.T) {
+	saying := func(text string) func(net.Conn) {
+		return func(nc net.Conn) { io.WriteString(nc, text); nc.Close() }
+	}
+	for _, tt := range []struct {
+		name  string
+		speak func(net.Conn)
+		heard string
+	}{
+		{"answers", saying("SSH-2.0-x\r\nmore\x1b[2J"), `(it says "SSH-2.0-x\r\nmore\x1b[2J")`},
+		{"answers with JSON", saying(`{"program":"other"}`), `(it says "{\"program\":\"other\"}")`},
+		{"talks without end", func(nc net.Conn) {
+			for err := error(nil); err == nil; {
+				_, err = nc.Write(make([]byte, 4096))
+			}
+		}, `(it says "\x00`},
+		{"closes", func(nc net.Conn) { nc.Close() }, "(it closes the connection)"},
+		{"resets", func(nc net.Conn) { nc.(*net.TCPConn).SetLinger(0); nc.Close() }, "(it resets the connection)"},
+		{"takes no connections", nil, "(it takes no connections)"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			lock := stranger(t, s.talk)
-			startProgram(t, withLock(lock)).wantRefusal(2, lock+", the -instance-lock, is held by something that does not answer as a relay does "+s.words, "choose another loopback port with -instance-lock")
+			lock := ""
+			if tt.speak == nil {
+				lock = boundOnly(t)
+			} else {
+				lock = serveRaw(t, nil, tt.speak)
+			}
+			startProgram(t, withLock(lock)).wantRefusal(2, lock+", the -instance-lock, is held by something that does not answer as a relay does "+tt.heard,
+				"choose another loopback port with -instance-lock")
 			if _, err := lockInstance(lock, lockInfo{}); err == nil || strings.Contains(err.Error(), "multi-instance") {
 				t.Errorf("a stranger is taken for a relay: %v", err)
 			}
+			beside := startProgram(t, withLock(lock, bypassName+"=1")).listening()
+			beside.said("SINGLE-INSTANCE CHECK BYPASSED")
+			beside.said("is held by something that does not answer as a relay does")
 		})
 	}
-	t.Run("takes no connections", func(t *testing.T) {
-		t.Parallel()
-		lock := freeLock(t)
-		fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer syscall.Close(fd)
-		ap := net.TCPAddr{}
-		if a, err := net.ResolveTCPAddr("tcp", lock); err == nil {
-			ap = *a
-		}
-		if err := syscall.Bind(fd, &syscall.SockaddrInet4{Port: ap.Port, Addr: [4]byte(ap.IP.To4())}); err != nil {
-			t.Fatal(err)
-		}
-		startProgram(t, withLock(lock)).wantRefusal(2, lock, "(it takes no connections)")
-	})
 }
 
-// stranger listens until the test ends and does one thing with each connection.
-func stranger(t testing.TB, talk func(net.Conn)) (addr string) {
+// boundOnly is an address that is taken, and where nothing listens.
+func boundOnly(t *testing.T) (addr string) {
 	t.Helper()
-	ln, err := net.Listen("tcp", freeLock(t))
+	addr = freeLock(t)
+	at, err := net.ResolveTCPAddr("tcp", addr)
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { ln.Close() })
-	go func() {
-		for {
-			nc, err := ln.Accept()
-			if err != nil {
-				return
-			}
-			t.Cleanup(func() { nc.Close() })
-			go talk(nc)
-		}
-	}()
-	return ln.Addr().String()
+	fd, err := syscall.Socket(syscall.AF_INET, syscall.SOCK_STREAM, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Close(fd) })
+	if err := syscall.Bind(fd, &syscall.SockaddrInet4{Port: at.Port, Addr: [4]byte(at.IP.To4())}); err != nil {
+		t.Fatal(err)
+	}
+	return addr
 }
 
 // What the kernel does with the lock of a process that was given no chance.
@@ -292,7 +297,7 @@ func TestLockIsFreeAfterKill(t *testing.T) {
 }
 
 // A holder that goes while it is asked is a port that is free.
-func TestHolderThatGoesMakesRoom(t *testing.T) {
+func TestLockOfHolderThatGoesIsFree(t *testing.T) {
 	t.Parallel()
 	addr := freeLock(t)
 	ln, err := net.Listen("tcp", addr)
@@ -319,7 +324,7 @@ func TestHolderThatGoesMakesRoom(t *testing.T) {
 func TestLockComesFirst(t *testing.T) {
 	t.Parallel()
 	asked := make(chan struct{}, 1)
-	lock := stranger(t, func(net.Conn) { asked <- struct{}{} }) // is silent for 2 s
+	lock := serveRaw(t, nil, func(net.Conn) { asked <- struct{}{} }) // is silent for 2 s
 	listen, admin := freeLock(t), freeLock(t)
 	p := startProgram(t, withLock(lock), "-listen", listen, "-admin", admin)
 	select {
@@ -337,11 +342,11 @@ func TestLockComesFirst(t *testing.T) {
 	}
 	p.wantRefusal(2, lock)
 
-	startProgram(t, withLock(lock), "-listen", stranger(t, func(net.Conn) {})).wantRefusal(2, lock)
+	startProgram(t, withLock(lock), "-listen", serveRaw(t, nil, func(net.Conn) {})).wantRefusal(2, lock)
 }
 
 // Two starts at the same moment: exactly one wins, and the other names it.
-func TestTwoStartsAtOnce(t *testing.T) {
+func TestLockOfTwoStartsAtOnce(t *testing.T) {
 	t.Parallel()
 	for round := range 100 {
 		env := withLock(freeLock(t))
@@ -367,7 +372,7 @@ func TestTwoStartsAtOnce(t *testing.T) {
 }
 
 // Whoever connects and says or reads nothing does not keep others from asking.
-func TestHolderUnderIdleConnections(t *testing.T) {
+func TestLockHolderUnderIdleConnections(t *testing.T) {
 	t.Parallel()
 	addr := freeLock(t)
 	lock, err := lockInstance(addr, lockInfo{Program: programName, PID: 42, Started: time.Now()})
@@ -420,7 +425,7 @@ func TestLockThatCannotBeBound(t *testing.T) {
 
 const verdictBypassed = `pyrycode_relay_instance_check{check="host",verdict="bypassed"} `
 
-func TestBypassRunsBesideAnother(t *testing.T) {
+func TestLockBypassRunsBesideAnother(t *testing.T) {
 	t.Parallel()
 	first := startProgram(t, nil).listening()
 	if _, text := fetch(t, "http://"+first.admin+"/metrics"); !strings.Contains(text, verdictBypassed+"0\n") {
@@ -444,7 +449,7 @@ func TestBypassRunsBesideAnother(t *testing.T) {
 }
 
 // A bypass must not blind the relays that come after it.
-func TestBypassTakesAFreeLock(t *testing.T) {
+func TestLockBypassTakesAFreeLock(t *testing.T) {
 	t.Parallel()
 	first := startProgram(t, []string{bypassName + "=1"}).listening()
 	first.said("SINGLE-INSTANCE CHECK BYPASSED")
@@ -452,14 +457,7 @@ func TestBypassTakesAFreeLock(t *testing.T) {
 	startProgram(t, withLock(lockOf(first))).wantRefusal(2, "multi-instance deploy detected", fmt.Sprintf("pid %d,", first.cmd.Process.Pid))
 }
 
-func TestBypassBesideStranger(t *testing.T) {
-	t.Parallel()
-	p := startProgram(t, withLock(stranger(t, func(nc net.Conn) { nc.Close() }), bypassName+"=1")).listening()
-	p.said("SINGLE-INSTANCE CHECK BYPASSED")
-	p.said("is held by something that does not answer as a relay does (it closes the connection)")
-}
-
-func TestPlatformWhereScalingOutIsOneCommand(t *testing.T) {
+func TestPlatformWithoutCheckIsRefused(t *testing.T) {
 	t.Parallel()
 	for name, platform := range map[string]string{"FLY_APP_NAME": "Fly.io", "KUBERNETES_SERVICE_HOST": "Kubernetes"} {
 		t.Run(name, func(t *testing.T) {
@@ -471,5 +469,955 @@ func TestPlatformWhereScalingOutIsOneCommand(t *testing.T) {
 			startProgram(t, []string{sign}, "-public-url", "ws://"+freeLock(t)).listening()
 			startProgram(t, []string{name + "="}).listening()
 		})
+	}
+}
+
+// ---- the check over time ----
+
+// checkRun is what became of a check over scripted rounds.
+type checkRun struct {
+	at       []time.Duration // when each round was
+	joins    []int
+	verdicts []publicVerdict // after each
+	left     error
+	logs     string
+}
+
+var (
+	theStart = time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC)
+	myself   = identity{"bbbbbbbbbbbbbbbb", theStart}
+	// Clocks are wrong by days: nothing may depend on them.
+	older   = anotherRelay("aaaaaaaaaaaaaaaa", 72*time.Hour, time.Hour)
+	oldest  = anotherRelay("dddddddddddddddd", 48*time.Hour, 2*time.Hour)
+	younger = anotherRelay("cccccccccccccccc", -72*time.Hour, -time.Hour)
+)
+
+// anotherRelay has started so much later than myself by its clock, and has run so
+// much longer.
+func anotherRelay(id string, later, ahead time.Duration) rival {
+	return rival{identity: identity{id, theStart.Add(later)}, told: true, theirs: standing{age: ahead}}
+}
+
+func withUsers(o rival) rival    { o.theirs.users = true; return o }
+func besideUsers(o rival) rival  { o.mine.users = true; return o }
+func yielding(o rival) rival     { o.theirs.yields = true; return o }
+func ofOldVersion(o rival) rival { o.told, o.theirs = false, standing{}; return o }
+
+// the rounds of a script
+func allMine() roundResult { return roundResult{verdict: publicVerified, joins: 4} }
+func splitWith(others ...rival) roundResult {
+	return roundResult{verdict: publicSplit, others: others, joins: 4}
+}
+func astray() roundResult {
+	return roundResult{verdict: publicNotARelay, diagnosis: diagnosis{"a web server", "move it"}}
+}
+func noWay() roundResult {
+	return roundResult{verdict: publicUnreachable, diagnosis: diagnosis{"nobody answers", "open the port"}}
+}
+
+// runCheck lets a check go through a script of rounds; the last goes on for ever,
+// until there were as many rounds as asked for.
+func runCheck(t *testing.T, rounds int, bypass bool, script ...roundResult) (got checkRun) {
+	t.Helper()
+	synctest.Test(t, func(t *testing.T) {
+		var logs logBuffer
+		c := &publicCheck{
+			me: myself, began: time.Now(), url: "wss://relay.test", bypass: bypass, pace: defaultPace(), state: new(instanceState),
+			log: slog.New(slog.NewTextHandler(&logs, nil)), leave: make(chan error, 1),
+		}
+		c.state.public.Store(uint32(publicPending))
+		ctx, cancel := context.WithCancel(t.Context())
+		began := time.Now()
+		note := func() {
+			got.verdicts = append(got.verdicts, c.state.verdict())
+		}
+		c.round = func(_ context.Context, joins int) roundResult {
+			n := len(got.at)
+			if n > 0 {
+				note()
+			}
+			if n == rounds {
+				cancel()
+				return roundResult{}
+			}
+			got.at = append(got.at, time.Since(began))
+			got.joins = append(got.joins, joins)
+			f := script[min(n, len(script)-1)]
+			f.others = slices.Clone(f.others)
+			for i := range f.others {
+				o := &f.others[i]
+				o.asked, o.mine.age = time.Now(), 100*time.Hour+time.Since(began)
+				o.theirs.age += o.mine.age
+			}
+			return f
+		}
+		c.run(ctx)
+		select {
+		case got.left = <-c.leave:
+			note()
+		default:
+		}
+		got.logs = logs.String()
+	})
+	return got
+}
+
+func (r checkRun) words() string {
+	var b []string
+	for _, v := range r.verdicts {
+		b = append(b, v.String())
+	}
+	return strings.Join(b, " ")
+}
+
+func TestPublicCheckPace(t *testing.T) {
+	t.Parallel()
+	within := func(d, want time.Duration) bool { return d >= want*9/10 && d <= want*11/10 }
+	t.Run("verified", func(t *testing.T) {
+		t.Parallel()
+		r := runCheck(t, 20, false, allMine())
+		for i, at := range r.at {
+			switch {
+			case i == 0 && (at > time.Second || r.joins[0] != 8):
+				t.Errorf("first round after %v with %d phones, want 8 within a second", at, r.joins[0])
+			case i > 0 && (!within(at-r.at[i-1], 5*time.Minute) || r.joins[i] != 4):
+				t.Errorf("round %d after %v with %d phones, want 4 after 5m", i, at-r.at[i-1], r.joins[i])
+			}
+		}
+		if r.at[2]-r.at[1] == r.at[1]-r.at[0] {
+			t.Error("two intervals are equal: there is no jitter")
+		}
+	})
+	t.Run("unreachable", func(t *testing.T) {
+		t.Parallel()
+		r := runCheck(t, 60, false, noWay())
+		for i, at := range r.at[1:] {
+			want := 30 * time.Second
+			if r.at[i] >= r.at[0]+10*time.Minute {
+				want = 5 * time.Minute
+			}
+			if !within(at-r.at[i], want) {
+				t.Errorf("after %v the next round came %v later, want about %v", r.at[i], at-r.at[i], want)
+			}
+		}
+	})
+}
+
+func TestPublicCheckVerdicts(t *testing.T) {
+	t.Parallel()
+	tests := []struct {
+		name   string
+		rounds int
+		bypass bool
+		script []roundResult
+		want   string // verdicts
+		levels string // of the log, in order
+		left   *rival
+	}{
+		{name: "verified is said once", rounds: 4, script: []roundResult{allMine()},
+			want: "verified verified verified verified", levels: "INFO"},
+		{name: "every change is said", rounds: 6, script: []roundResult{noWay(), noWay(), astray(), allMine(), noWay(), allMine()},
+			want: "unreachable unreachable not-a-relay verified unreachable verified", levels: "WARN WARN INFO WARN INFO"},
+		{name: "one split round is an overlap", rounds: 4, script: []roundResult{allMine(), splitWith(older), allMine()},
+			want: "verified verified verified verified", levels: "INFO INFO"},
+		{name: "at the start, too", rounds: 2, script: []roundResult{splitWith(older), allMine()},
+			want: "pending verified", levels: "INFO INFO"},
+		{name: "the older stays", rounds: 100, script: []roundResult{splitWith(younger)},
+			want: "pending" + strings.Repeat(" split", 99), levels: "INFO ERROR"},
+		{name: "the younger leaves", rounds: 100, script: []roundResult{splitWith(older)},
+			left: &older, levels: "INFO ERROR"},
+		{name: "of several the oldest is named", rounds: 100, script: []roundResult{splitWith(oldest, older, younger)},
+			left: &oldest, levels: "INFO ERROR"},
+		{name: "bypass goes on", rounds: 100, bypass: true, script: []roundResult{splitWith(older)},
+			want: "pending" + strings.Repeat(" split", 99), levels: "INFO ERROR"},
+		{name: "equal times, smaller id stays", rounds: 50, script: []roundResult{splitWith(anotherRelay("cc00000000000000", 72*time.Hour, 900*time.Millisecond))},
+			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
+		{name: "equal times, greater id leaves", rounds: 50, script: []roundResult{splitWith(anotherRelay("aa00000000000000", 72*time.Hour, -900*time.Millisecond))},
+			left: &rival{identity: identity{"aa00000000000000", myself.started.Add(72 * time.Hour)}}, levels: "INFO ERROR"},
+		{name: "a newcomer with a clock in the past", rounds: 50, script: []roundResult{splitWith(anotherRelay("aa00000000000000", -72*time.Hour, -time.Minute))},
+			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
+		{name: "an elder with a clock in the future", rounds: 50, script: []roundResult{splitWith(anotherRelay("cc00000000000000", 72*time.Hour, time.Minute))},
+			left: &rival{identity: identity{"cc00000000000000", myself.started.Add(72 * time.Hour)}}, levels: "INFO ERROR"},
+		{name: "users beat age", rounds: 50, script: []roundResult{splitWith(withUsers(younger))},
+			left: &younger, levels: "INFO ERROR"},
+		{name: "users here beat age", rounds: 12, script: []roundResult{splitWith(besideUsers(older))},
+			want: "pending" + strings.Repeat(" split", 11), levels: "INFO ERROR"},
+		{name: "users do not keep two for ever", rounds: 50, script: []roundResult{splitWith(besideUsers(older))},
+			left: &older, levels: "INFO ERROR"},
+		{name: "users on both sides", rounds: 50, script: []roundResult{splitWith(withUsers(besideUsers(older)))},
+			left: &older, levels: "INFO ERROR"},
+		{name: "one that yields is not followed", rounds: 50, script: []roundResult{splitWith(yielding(older))},
+			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
+		{name: "both yield, greater id leaves", rounds: 50, script: []roundResult{splitWith(older), splitWith(yielding(older))},
+			left: &older, levels: "INFO ERROR"},
+		{name: "both yield, smaller id stays", rounds: 50, script: []roundResult{splitWith(oldest), splitWith(yielding(oldest))},
+			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
+		{name: "older version, earlier by its clock", rounds: 50, script: []roundResult{splitWith(ofOldVersion(younger))},
+			left: &younger, levels: "INFO ERROR"},
+		{name: "older version, later by its clock", rounds: 50, script: []roundResult{splitWith(ofOldVersion(older))},
+			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
+		{name: "a split that heals starts anew", rounds: 6, script: []roundResult{splitWith(older), splitWith(older), splitWith(older), allMine(), splitWith(older), allMine()},
+			want: "pending split split verified verified verified", levels: "INFO ERROR INFO INFO"},
+		{name: "an older one that is gone", rounds: 50, script: []roundResult{splitWith(older), splitWith(older), splitWith(younger)},
+			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
+		{name: "one after the other, as in a rolling update", rounds: 7, script: []roundResult{
+			splitWith(older), splitWith(older), splitWith(oldest), splitWith(oldest), splitWith(younger), splitWith(younger), allMine()},
+			want: "pending split split split split split verified", levels: "INFO ERROR INFO"},
+		{name: "an older one seen twice only", rounds: 50, script: []roundResult{splitWith(older), splitWith(younger), splitWith(younger), splitWith(younger), splitWith(younger), splitWith(older), splitWith(younger)},
+			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
+		{name: "one that does not say who it is", rounds: 50, script: []roundResult{splitWith()},
+			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			r := runCheck(t, tt.rounds, tt.bypass, tt.script...)
+			if tt.want != "" && r.words() != tt.want {
+				t.Errorf("verdicts:\n%s, want\n%s", r.words(), tt.want)
+			}
+			var levels []string
+			for line := range strings.Lines(r.logs) {
+				_, rest, _ := strings.Cut(line, "level=")
+				level, _, _ := strings.Cut(rest, " ")
+				levels = append(levels, level)
+			}
+			if got := strings.Join(levels, " "); got != tt.levels {
+				t.Errorf("log levels %s, want %s:\n%s", got, tt.levels, r.logs)
+			}
+			switch {
+			case tt.left == nil && r.left != nil:
+				t.Errorf("left: %v", r.left)
+			case tt.left != nil && r.left == nil:
+				t.Error("stayed")
+			case tt.left != nil:
+				for _, want := range []string{tt.left.id, tt.left.started.Format(time.RFC3339), myself.id, "multi-instance deploy detected", "4404", bypassName} {
+					if !strings.Contains(r.left.Error(), want) {
+						t.Errorf("the reason lacks %q: %v", want, r.left)
+					}
+				}
+				first, last := r.at[0], r.at[len(r.at)-1]
+				if last-first < 90*time.Second || len(r.at) < 3 {
+					t.Errorf("left after %d rounds in %v, want three or more in 90s or more", len(r.at), last-first)
+				}
+				patience := 150 * time.Second
+				if tt.name == "users do not keep two for ever" {
+					patience += splitDoubts * 90 * time.Second
+				}
+				if last-first > patience {
+					t.Errorf("left only after %v", last-first)
+				}
+			}
+		})
+	}
+}
+
+// TestPublicCheckForgets: a split that comes back after it healed is counted
+// from its new beginning.
+func TestPublicCheckForgets(t *testing.T) {
+	t.Parallel()
+	r := runCheck(t, 100, false, splitWith(older), splitWith(older), splitWith(older), allMine(), splitWith(older))
+	if r.left == nil {
+		t.Fatal("stayed")
+	}
+	if n := len(r.at); n < 7 || r.at[n-1]-r.at[4] < 90*time.Second {
+		t.Errorf("left in round %d, %v after the second split began", n, r.at[n-1]-r.at[4])
+	}
+}
+
+// relayPair is two relays that check one name, by the clock of synctest.
+type relayPair struct {
+	ids    [2]string
+	ahead  time.Duration // how much longer the first has run
+	users  func(at time.Duration) [2]bool
+	wire   time.Duration  // an answer takes up to that, half of it each way
+	linger time.Duration  // and a round goes on for up to that after the answer
+	view   func(o *rival) // changes what each sees, if not nil
+}
+
+// play lets both check until a while after one has left, or for so long, and
+// returns which have left, and when the first did.
+func (p relayPair) play(t *testing.T, random *rand.Rand, most time.Duration) (left [2]bool, first time.Duration) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(t.Context())
+	defer cancel()
+	began := time.Now()
+	var checks [2]*publicCheck
+	var gone [2]atomic.Bool
+	standingOf := func(i int) standing {
+		at := time.Since(began)
+		s := standing{age: 100*time.Hour + at, users: p.users(at)[i], yields: checks[i].state.yields.Load()}
+		if i == 0 {
+			s.age += p.ahead
+		}
+		return s
+	}
+	// Each clock is wrong by days, the elder's in the direction that makes it look
+	// younger.
+	skew := [2]time.Duration{72 * time.Hour, -72 * time.Hour}
+	if p.ahead < 0 {
+		skew[0], skew[1] = skew[1], skew[0]
+	}
+	who := func(i int) identity { return identity{p.ids[i], theStart.Add(skew[i])} }
+	var mu sync.Mutex // of random
+	upTo := func(d time.Duration) time.Duration {
+		mu.Lock()
+		defer mu.Unlock()
+		return time.Duration(random.Int64N(int64(d) + 1))
+	}
+	var wg sync.WaitGroup
+	for i := range checks {
+		checks[i] = &publicCheck{
+			me: who(i), began: began, url: "wss://relay.test", pace: defaultPace(), state: new(instanceState),
+			log: slog.New(slog.DiscardHandler), leave: make(chan error, 1),
+		}
+		checks[i].round = func(ctx context.Context, _ int) roundResult {
+			o := rival{identity: who(1 - i), asked: time.Now(), told: true, mine: standingOf(i)}
+			time.Sleep(upTo(p.wire / 2))
+			if gone[1-i].Load() {
+				return allMine()
+			}
+			o.theirs = standingOf(1 - i)
+			if p.view != nil {
+				p.view(&o)
+			}
+			time.Sleep(upTo(p.wire/2) + upTo(p.linger))
+			return splitWith(o)
+		}
+	}
+	for i, c := range checks {
+		wg.Go(func() {
+			time.Sleep(upTo(time.Minute)) // they start their rounds at any time
+			c.run(ctx)
+			if ctx.Err() == nil {
+				gone[i].Store(true)
+			}
+		})
+	}
+	for time.Since(began) < most {
+		time.Sleep(10 * time.Second)
+		if gone[0].Load() || gone[1].Load() {
+			first = time.Since(began)
+			break
+		}
+	}
+	time.Sleep(20 * time.Minute) // long enough for the other to leave as well
+	cancel()
+	wg.Wait()
+	return [2]bool{gone[0].Load(), gone[1].Load()}, first
+}
+
+// TestPublicCheckOneOfTwoStays: from views of different moments, with clocks that
+// are wrong by days, ages at the edge of being the same, users who come and go, and
+// answers that are slow, never both relays leave, and never do both stay.
+func TestPublicCheckOneOfTwoStays(t *testing.T) {
+	t.Parallel()
+	over := defaultPace().over
+	always := func(first, second bool) func(time.Duration) [2]bool {
+		return func(time.Duration) [2]bool { return [2]bool{first, second} }
+	}
+	// One user whose binary dials again and again, and lands here or there.
+	wandering := func(every time.Duration) func(time.Duration) [2]bool {
+		return func(at time.Duration) [2]bool { here := at/every%2 == 0; return [2]bool{here, !here} }
+	}
+	for _, users := range []struct {
+		name   string
+		at     func(time.Duration) [2]bool
+		stays  int // of the two, where users decide; -1 where age does
+		settle bool
+		view   func(o *rival)
+	}{
+		{"no users", always(false, false), -1, true, nil},
+		{"users of both", always(true, true), -1, true, nil},
+		{"users of the first", always(true, false), 0, true, nil},
+		{"users of the second", always(false, true), 1, true, nil},
+		{"wandering each second", wandering(time.Second), -1, false, nil},
+		{"wandering as rounds go", wandering(30 * time.Second), -1, false, nil},
+		{"wandering in 100s", wandering(100 * time.Second), -1, false, nil},
+		{"users for a while", func(at time.Duration) [2]bool { return [2]bool{at < 70*time.Second, at > 150*time.Second} }, -1, false, nil},
+		// The worst moments to be asked at, each time.
+		{"users wherever one looks from", always(false, false), -1, false, func(o *rival) { o.mine.users, o.theirs.users = true, false }},
+		{"users wherever one looks at", always(false, false), -1, false, func(o *rival) { o.mine.users, o.theirs.users = false, true }},
+	} {
+		t.Run(users.name, func(t *testing.T) {
+			t.Parallel()
+			for _, ahead := range []time.Duration{
+				-100 * time.Hour, -time.Minute, -1002 * time.Millisecond, -time.Second, -998 * time.Millisecond, 0,
+				998 * time.Millisecond, time.Second, 1002 * time.Millisecond, time.Minute, 100 * time.Hour,
+			} {
+				for _, slow := range [][2]time.Duration{{0, 0}, {10 * time.Millisecond, time.Second}, {4 * time.Second, 20 * time.Second}, {10 * time.Second, 4 * over}} {
+					seeds := uint64(6)
+					if slow[1] >= over/2 {
+						seeds = 20
+					}
+					for seed := range seeds {
+						ids := [2]string{"aaaaaaaaaaaaaaaa", "bbbbbbbbbbbbbbbb"}
+						if seed%2 == 1 {
+							ids[0], ids[1] = ids[1], ids[0]
+						}
+						p := relayPair{ids, ahead, users.at, slow[0], slow[1], users.view}
+						var left [2]bool
+						var first time.Duration
+						most := time.Hour
+						if slow[1] < over/2 {
+							most = 9 * over // nearly half of it for doubts
+						}
+						synctest.Test(t, func(t *testing.T) {
+							left, first = p.play(t, rand.New(rand.NewPCG(seed, uint64(ahead))), most)
+						})
+						what := fmt.Sprintf("%v ahead, ids %v, answers take %v, rounds %v more", ahead, ids, slow[0], slow[1])
+						if left[0] && left[1] {
+							t.Fatalf("%s: both leave, the first after %v", what, first)
+						}
+						if slow[1] >= over/2 {
+							continue // stale answers decide nothing: here nobody has to leave
+						}
+						if !left[0] && !left[1] {
+							t.Fatalf("%s: both stay for %v", what, most)
+						}
+						stayer := 0
+						if left[0] {
+							stayer = 1
+						}
+						want := users.stays
+						if want < 0 && users.settle && (ahead > 2*time.Second+slow[0] || ahead < -2*time.Second-slow[0]) {
+							if want = 0; ahead < 0 {
+								want = 1
+							}
+						}
+						if want >= 0 && stayer != want {
+							t.Errorf("%s: relay %d stays, want %d", what, stayer, want)
+						}
+					}
+				}
+			}
+		})
+	}
+}
+
+func TestPublicCheckSaysWhatComesNext(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		other  rival
+		bypass bool
+		want   []string
+	}{
+		{older, false, []string{older.id, "this relay stops if that lasts for 1m30s: it has run for longer", "other_age=101h"}},
+		{withUsers(younger), false, []string{younger.id, "this relay stops if that lasts for 1m30s: it holds binaries of users"}},
+		{younger, false, []string{younger.id, "the other one stops"}},
+		{older, true, []string{older.id, bypassName + "=1: this relay goes on"}},
+	} {
+		r := runCheck(t, 2, tt.bypass, splitWith(tt.other))
+		for _, want := range tt.want {
+			if !strings.Contains(r.logs, want) {
+				t.Errorf("log lacks %q:\n%s", want, r.logs)
+			}
+		}
+	}
+	partly := roundResult{verdict: publicUnreachable, joins: 8, failed: 4, diagnosis: diagnosis{"refused", "start it"}}
+	if r := runCheck(t, 1, false, partly); !strings.Contains(r.logs, "some of the connections") || strings.Contains(r.logs, "harmless") {
+		t.Errorf("half of the phones fail, and the log says:\n%s", r.logs)
+	}
+}
+
+func TestPaceFrom(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		value string
+		set   bool
+		want  checkPace
+		bad   bool
+	}{
+		{"", false, defaultPace(), false},
+		{"2s,500ms,1500ms", true, checkPace{2 * time.Second, 500 * time.Millisecond, 1500 * time.Millisecond, 0}, false},
+		{"2s,500ms,1500ms,-72h", true, checkPace{2 * time.Second, 500 * time.Millisecond, 1500 * time.Millisecond, -72 * time.Hour}, false},
+		{"", true, checkPace{}, true},
+		{"2s", true, checkPace{}, true},
+		{"2s,1s,1s,1s,1s", true, checkPace{}, true},
+		{"2s,1s,-1s", true, checkPace{}, true},
+		{"2s,0s,1s", true, checkPace{}, true},
+		{"2s,x,1s", true, checkPace{}, true},
+	} {
+		env := map[string]string{}
+		if tt.set {
+			env[paceName] = tt.value
+		}
+		got, err := paceFrom(env)
+		if tt.bad != (err != nil) || err == nil && got != tt.want {
+			t.Errorf("%q: %v, %v", tt.value, got, err)
+		}
+		if err != nil && !strings.Contains(err.Error(), fmt.Sprintf("%q for variable %s", tt.value, paceName)) {
+			t.Errorf("the error does not say what is wrong: %v", err)
+		}
+	}
+}
+
+// ---- one round ----
+
+// lookFrom makes one round as r does, through addr.
+func lookFrom(t *testing.T, r *testRelay, addr string, joins int) roundResult {
+	t.Helper()
+	p := &publicPath{me: r.id, standing: r.standing, keys: r.probes, dialer: dialer{base: &url.URL{Scheme: "ws", Host: addr}}}
+	f := p.round(t.Context(), joins)
+	r.probes.serverIDs.Range(func(nonce, id any) bool {
+		t.Errorf("the nonce %v for %v outlives its round", nonce, id)
+		return true
+	})
+	return f
+}
+
+func TestPublicRound(t *testing.T) {
+	t.Parallel()
+	nginx := func(status int) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Server", "nginx")
+			w.WriteHeader(status)
+		}
+	}
+	type pair struct {
+		me, other *testRelay
+	}
+	tests := []struct {
+		name  string
+		start func(t *testing.T, p pair) string // the public address
+		want  publicVerdict
+		other bool   // is named
+		what  string // is in the fault
+		some  bool   // of the phones fail
+	}{
+		{name: "alone", want: publicVerified, start: func(t *testing.T, p pair) string { return p.me.addr }},
+		{name: "one backend", want: publicVerified, start: func(t *testing.T, p pair) string {
+			return startBalancer(t, nil, always(p.me.addr)).addr
+		}},
+		{name: "round robin", want: publicSplit, other: true, start: func(t *testing.T, p pair) string {
+			return startBalancer(t, nil, inTurn(p.me.addr, p.other.addr)).addr
+		}},
+		{name: "round robin, the claim elsewhere", want: publicSplit, other: true, start: func(t *testing.T, p pair) string {
+			return startBalancer(t, nil, inTurn(p.other.addr, p.me.addr)).addr
+		}},
+		{name: "one phone in nine", want: publicSplit, other: true, start: func(t *testing.T, p pair) string {
+			return startBalancer(t, nil, func(n int, _ string) string {
+				if n == 8 {
+					return p.other.addr
+				}
+				return p.me.addr
+			}).addr
+		}},
+		{name: "one claim elsewhere, its phones here", want: publicSplit, other: true, start: func(t *testing.T, p pair) string {
+			return startBalancer(t, nil, func(n int, _ string) string {
+				if n == 0 {
+					return p.other.addr
+				}
+				return p.me.addr
+			}).addr
+		}},
+		{name: "sticky by server-id", want: publicVerified, start: func(t *testing.T, p pair) string {
+			return startBalancer(t, nil, byServer(p.me.addr, p.other.addr)).addr
+		}},
+		{name: "another relay only", want: publicSplit, other: true, start: func(t *testing.T, p pair) string { return p.other.addr }},
+		{name: "another relay, and otherwise nothing", want: publicSplit, other: true, start: func(t *testing.T, p pair) string {
+			return startBalancer(t, nil, inTurn("", p.other.addr)).addr
+		}},
+		{name: "a web server", want: publicNotARelay, what: `"HTTP/1.1 404 Not Found" (server: "nginx")`, start: func(t *testing.T, p pair) string {
+			return webServer(t, nginx(404))
+		}},
+		{name: "a proxy without a relay", want: publicNotARelay, what: "does not reach a relay", start: func(t *testing.T, p pair) string {
+			return webServer(t, nginx(502))
+		}},
+		{name: "one backend of two is no relay", want: publicNotARelay, what: "502", some: true, start: func(t *testing.T, p pair) string {
+			return startBalancer(t, nil, inTurn(p.me.addr, webServer(t, nginx(502)))).addr
+		}},
+		{name: "another relay beats a web server", want: publicSplit, other: true, start: func(t *testing.T, p pair) string {
+			return startBalancer(t, nil, inTurn(p.me.addr, webServer(t, nginx(502)), p.other.addr)).addr
+		}},
+		{name: "nothing", want: publicUnreachable, what: "connection refused", start: func(t *testing.T, p pair) string { return deadAddr(t) }},
+		{name: "one backend of two is gone", want: publicUnreachable, what: "no HTTP answer", some: true, start: func(t *testing.T, p pair) string {
+			return startBalancer(t, nil, inTurn(p.me.addr, "")).addr
+		}},
+		{name: "a proxy that drops the upgrade", want: publicUnreachable, what: "no upgrade was asked for", start: func(t *testing.T, p pair) string {
+			b := startBalancer(t, nil, always(p.me.addr))
+			b.request = without("Upgrade")
+			return b.addr
+		}},
+		{name: "a proxy that drops headers", want: publicUnreachable, what: "x-pyrycode-version is missing", start: func(t *testing.T, p pair) string {
+			b := startBalancer(t, nil, always(p.me.addr))
+			b.request = without("X-Pyrycode-Version")
+			return b.addr
+		}},
+		{name: "the header is taken away", want: publicVerified, start: func(t *testing.T, p pair) string {
+			b := startBalancer(t, nil, always(p.me.addr))
+			b.reply = without(instanceHeader)
+			return b.addr
+		}},
+		{name: "the header is taken away, round robin", want: publicSplit, start: func(t *testing.T, p pair) string {
+			b := startBalancer(t, nil, inTurn(p.me.addr, p.other.addr))
+			b.reply = without(instanceHeader)
+			return b.addr
+		}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			p := pair{startRelay(t, testOptions()), startRelay(t, testOptions())}
+			f := lookFrom(t, p.me, tt.start(t, p), firstJoins)
+			if f.verdict != tt.want {
+				t.Errorf("verdict %v (%+v), want %v", f.verdict, f, tt.want)
+			}
+			switch {
+			case !tt.other && len(f.others) > 0:
+				t.Errorf("others are %v, want none named", f.others)
+			case tt.other && (len(f.others) != 1 || f.others[0].identity != p.other.id):
+				t.Errorf("others are %v, want %v", f.others, p.other.id)
+			case tt.other:
+				o := f.others[0]
+				if older := o.theirs.age - o.mine.age; !o.told || o.theirs.age < 0 || older < -time.Second || older > time.Second || o.theirs.users || o.mine.users {
+					t.Errorf("the other is seen as %+v", o)
+				}
+			}
+			if !strings.Contains(f.diagnosis.what, tt.what) || (tt.what == "") != (f.diagnosis.what == "") {
+				t.Errorf("found %q, want %q in it", f.diagnosis.what, tt.what)
+			}
+			if some := f.failed > 0 && f.failed < f.joins; tt.want != publicSplit && some != tt.some {
+				t.Errorf("%d of %d phones failed", f.failed, f.joins)
+			}
+			if tt.want == publicVerified && f.joins != firstJoins {
+				t.Errorf("%d phones joined, want %d", f.joins, firstJoins)
+			}
+			p.me.settle("the round's end", func() bool { return p.me.count(roleBinary)+p.me.count(rolePhone) == 0 })
+		})
+	}
+}
+
+// TestStanding: what a relay says of its own is read as it was meant, by older
+// relays as before, and by later ones with more words.
+func TestStanding(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	heard := func() (identity, standing) {
+		t.Helper()
+		_, resp, err := r.dial("/v2/client", phoneHeaders("nobody"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		a := &answer{header: resp.Header}
+		id, known := a.identity() // as older relays read it
+		s, told := a.standing()
+		if !known || !told {
+			t.Fatalf("%v", resp.Header)
+		}
+		return id, s
+	}
+	id, s := heard()
+	if id != r.id || s.age < 0 || s.age > time.Since(r.started)+time.Millisecond || s.users || s.yields {
+		t.Errorf("%v, %+v", id, s)
+	}
+	eventually(t, "the age grows", func() bool { _, now := heard(); return now.age > s.age })
+	r.binary(probePrefix + "of-another-relay")
+	if _, s := heard(); s.users {
+		t.Error("a probe counts as a user")
+	}
+	b := r.binary("somebody")
+	r.instance.yields.Store(true)
+	if _, s := heard(); !s.users || !s.yields {
+		t.Errorf("with a user, about to leave: %+v", s)
+	}
+	b.close(1000, "")
+	r.settle("grace", func() bool { return r.metrics.binariesInGrace.Load() == 1 })
+	if _, s := heard(); !s.users {
+		t.Error("a user's claim in grace does not count")
+	}
+	for text, want := range map[string]standing{
+		"0.5":                      {age: 500 * time.Millisecond},
+		"259200.000, users":        {age: 72 * time.Hour, users: true},
+		"1, later, yields,users,x": {age: time.Second, users: true, yields: true},
+	} {
+		if got, err := parseStanding(text); err != nil || got != want {
+			t.Errorf("%q: %+v, %v", text, got, err)
+		}
+	}
+	for _, text := range []string{"", "users", "-1", "NaN", "Inf", "1e300", "1s", ", users"} {
+		if got, err := parseStanding(text); err == nil {
+			t.Errorf("%q is read as %+v", text, got)
+		}
+	}
+}
+
+// TestPublicRoundFull: a relay that has no place left refuses its own check as
+// well, and says by whom that is.
+func TestPublicRoundFull(t *testing.T) {
+	t.Parallel()
+	o := testOptions()
+	o.maxConnections = 1
+	r := startRelay(t, o)
+	r.binary("somebody")
+	if f := lookFrom(t, r, r.addr, firstJoins); f.verdict != publicVerified || f.joins != firstJoins {
+		t.Errorf("%+v", f)
+	}
+}
+
+// TestPublicRoundIsNoUser: the relay's own check is in no count and under no
+// rate limit.
+func TestPublicRoundIsNoUser(t *testing.T) {
+	t.Parallel()
+	o := defaultOptions()
+	o.ratePerMinute, o.rateBurst = 1, 1
+	r := startRelay(t, o)
+	var most int64
+	b := startBalancer(t, nil, func(int, string) string {
+		most = max(most, r.metrics.connectedBinaries.Load(), r.metrics.connectedPhones.Load(), r.metrics.binariesInGrace.Load())
+		return r.addr
+	})
+	f := lookFrom(t, r, b.addr, firstJoins)
+	if f.verdict != publicVerified {
+		t.Fatalf("%+v", f)
+	}
+	r.settle("the round's end", func() bool { return r.count(roleBinary)+r.count(rolePhone) == 0 })
+	if most != 0 {
+		t.Errorf("a gauge stood at %d meanwhile", most)
+	}
+	for role := range roleCount {
+		for o := range upgradeOutcomeCount {
+			if n := r.metrics.upgrades[role][o].Load(); n != 0 {
+				t.Errorf("%d upgrades of a %v are counted as %v", n, role, o)
+			}
+		}
+		for reason := range closeReasonCount {
+			if n := r.metrics.closes[role][reason].Load(); n != 0 {
+				t.Errorf("%d ends of a %v are counted as %v", n, role, reason)
+			}
+		}
+	}
+	for line := range strings.Lines(r.logs.String()) {
+		if strings.Contains(line, "probe-") && !strings.Contains(line, "level=DEBUG") {
+			t.Errorf("a round that went well is in the log: %s", line)
+		}
+	}
+	// The one token of this address is still there.
+	r.binary("somebody")
+}
+
+// TestProbeNonce: only this process's own nonces, each once and for its
+// server-id, exempt anybody from anything.
+func TestProbeNonce(t *testing.T) {
+	t.Parallel()
+	o := defaultOptions()
+	o.ratePerMinute, o.rateBurst = 1, 1
+	r := startRelay(t, o)
+	other := startRelay(t, testOptions())
+	ask := func(id, nonce string) int {
+		t.Helper()
+		h := binaryHeaders(id)
+		h.Set(probeHeader, nonce)
+		_, resp, err := r.dial("/v2/server", h)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return resp.StatusCode
+	}
+	if got := ask("spends-the-token", ""); got != 101 {
+		t.Fatalf("the first of an address: %d", got)
+	}
+	foreign, mine, elsewhere, revoked := other.probes.issue("mine"), r.probes.issue("mine"), r.probes.issue("elsewhere"), r.probes.issue("revoked")
+	r.probes.withdraw(revoked)
+	for _, tt := range []struct {
+		name, id, nonce string
+		want            int
+	}{
+		{"made up", "mine", "AAAAAAAAAAAAAAAAAAAAAAAAAA", 429},
+		{"of another process", "mine", foreign, 429},
+		{"for another server-id", "mine", elsewhere, 429},
+		{"of an upgrade that was answered", "revoked", revoked, 429},
+		{"good", "mine", mine, 101},
+		{"used up", "mine", mine, 429},
+	} {
+		if got := ask(tt.id, tt.nonce); got != tt.want {
+			t.Errorf("%s: %d, want %d", tt.name, got, tt.want)
+		}
+	}
+	if got := r.metrics.upgrades[roleBinary][upgradeAccepted].Load(); got != 1 {
+		t.Errorf("%d upgrades are counted as accepted, want the one that is a user's", got)
+	}
+	if got := r.metrics.connectedBinaries.Load(); got != 1 {
+		t.Errorf("%d binaries are counted, want the one that is a user's", got)
+	}
+}
+
+// TestStopDuringCheck is not parallel: it looks for goroutines by name.
+func TestStopDuringCheck(t *testing.T) {
+	for _, stage := range []string{"no answer to the upgrade", "claim held, no answer to a phone", "between rounds"} {
+		t.Run(stage, func(t *testing.T) {
+			r := startRelay(t, testOptions())
+			silent, err := net.Listen("tcp", "127.0.0.1:0") // the kernel accepts, nobody reads
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer silent.Close()
+			reached := make(chan struct{}, 100)
+			b := startBalancer(t, nil, func(n int, _ string) string {
+				reached <- struct{}{}
+				switch {
+				case stage == "between rounds", stage == "claim held, no answer to a phone" && n == 0:
+					return r.addr
+				}
+				return silent.Addr().String()
+			})
+			o := r.o
+			o.publicURL = &url.URL{Scheme: "ws", Host: b.addr}
+			o.checkPace = checkPace{every: time.Hour, again: time.Millisecond, over: time.Hour}
+			c := startPublicCheck(o, r.relay)
+			<-reached
+			switch stage {
+			case "claim held, no answer to a phone":
+				<-reached
+			case "between rounds":
+				eventually(t, "the first verdict", func() bool { return r.instance.verdict().String() == "verified" })
+			}
+			stopped := make(chan struct{})
+			go func() {
+				defer close(stopped)
+				c.stop()
+			}()
+			select {
+			case <-stopped:
+			case <-time.After(patience):
+				t.Fatal("the check does not stop")
+			}
+			wantNoCheck(t)
+			r.stop()
+		})
+	}
+}
+
+func wantNoCheck(t *testing.T) {
+	t.Helper()
+	stacks := make([]byte, 1<<20)
+	stacks = stacks[:runtime.Stack(stacks, true)]
+	for _, method := range []string{"(*wsPeer)", "(*publicPath)", "(*publicCheck)"} {
+		if bytes.Contains(stacks, []byte(method)) {
+			t.Errorf("a goroutine in a method of %s is left", method)
+		}
+	}
+}
+
+// TestProgramStopsItsCheck is not parallel: it looks for goroutines by name.
+func TestProgramStopsItsCheck(t *testing.T) {
+	silent, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer silent.Close()
+	ctx, cancel := context.WithCancel(t.Context())
+	code := make(chan int, 1)
+	go func() {
+		code <- run(ctx, []string{"-listen", "127.0.0.1:0", "-admin", "off", "-instance-lock", deadAddr(t), "-public-url", "ws://" + silent.Addr().String()},
+			map[string]string{paceName: "1h,1ms,1h"}, io.Discard, io.Discard)
+	}()
+	nc, err := silent.Accept() // a round is under way
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer nc.Close()
+	cancel()
+	if got := <-code; got != exitStopped {
+		t.Errorf("exit code %d", got)
+	}
+	wantNoCheck(t)
+}
+
+// TestYoungerRelayLeaves runs a whole program behind a round robin with a relay
+// that was there before.
+func TestYoungerRelayLeaves(t *testing.T) {
+	t.Parallel()
+	for _, bypass := range []bool{false, true} {
+		t.Run(fmt.Sprintf("bypass %v", bypass), func(t *testing.T) {
+			t.Parallel()
+			first := startRelay(t, testOptions())
+			var program string // guarded by the balancer's lock
+			b := startBalancer(t, nil, func(n int, _ string) string {
+				if program == "" || n%2 == 0 {
+					return first.addr
+				}
+				return program
+			})
+			o := first.o
+			o.publicURL = &url.URL{Scheme: "ws", Host: b.addr}
+			o.checkPace = checkPace{every: 40 * time.Millisecond, again: 20 * time.Millisecond, over: 600 * time.Millisecond}
+			c := startPublicCheck(o, first.relay)
+			defer c.stop()
+
+			// The program says that it has run for days, which is a matter of its clock;
+			// only the first has users.
+			env := map[string]string{paceName: "40ms,20ms,600ms,-72h"}
+			first.binary("somebody")
+			if bypass {
+				env[bypassName] = "1"
+			}
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			var logs logBuffer
+			code := make(chan int, 1)
+			go func() {
+				code <- run(ctx, []string{"-listen", "127.0.0.1:0", "-admin", "off", "-instance-lock", deadAddr(t), "-public-url", "ws://" + b.addr},
+					env, io.Discard, &logs)
+			}()
+			var addr string
+			eventually(t, "the program listens", func() bool {
+				_, rest, ok := strings.Cut(logs.String(), "msg=listening addr=")
+				addr, _, _ = strings.Cut(rest, " ")
+				return ok
+			})
+			health := func() string {
+				resp, err := http.Get("http://" + addr + "/healthz")
+				if err != nil {
+					return err.Error()
+				}
+				defer resp.Body.Close()
+				body, _ := io.ReadAll(resp.Body)
+				return string(body)
+			}
+			b.mu.Lock()
+			program = addr
+			b.mu.Unlock()
+			if !bypass {
+				select {
+				case got := <-code:
+					if got != exitRefused {
+						t.Errorf("exit code %d, want %d", got, exitRefused)
+					}
+				case <-time.After(patience):
+					t.Fatalf("the younger relay goes on:\n%s", logs.String())
+				}
+				for _, want := range []string{"level=ERROR", "refusing to go on: multi-instance deploy detected: relay " + first.id.id, "silent 4404"} {
+					if !strings.Contains(logs.String(), want) {
+						t.Errorf("its log lacks %q:\n%s", want, logs.String())
+					}
+				}
+				b.mu.Lock()
+				program = ""
+				b.mu.Unlock()
+				eventually(t, "the older relay is alone again", func() bool { return first.instance.verdict().String() == "verified" })
+				return
+			}
+			eventually(t, "both report the split", func() bool {
+				return first.instance.verdict().String() == "split" && strings.Contains(health(), `"instance_check":"split"`)
+			})
+			// Long enough that it would have left without the bypass.
+			seen := first.metrics.upgrades[roleBinary][upgradeAccepted].Load()
+			eventually(t, "ten more claims of the program's check", func() bool {
+				return first.metrics.upgrades[roleBinary][upgradeAccepted].Load() >= seen+10
+			})
+			cancel()
+			if got := <-code; got != exitStopped {
+				t.Errorf("exit code %d, want %d", got, exitStopped)
+			}
+		})
+	}
+}
+
+func TestBadPaceIsRefused(t *testing.T) {
+	t.Parallel()
+	var stderr bytes.Buffer
+	code := run(t.Context(), []string{"-listen", "127.0.0.1:0"}, map[string]string{paceName: "soon"}, io.Discard, &stderr)
+	if code != exitRefused || !strings.Contains(stderr.String(), paceName) {
+		t.Errorf("exit code %d, %q", code, stderr.String())
 	}
 }
