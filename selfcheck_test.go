@@ -11,10 +11,10 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
-	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
+	"regexp"
 	"runtime"
 	"slices"
 	"strconv"
@@ -508,7 +508,7 @@ func allMine() roundResult { return roundResult{verdict: publicVerified, joins: 
 func splitWith(others ...rival) roundResult {
 	return roundResult{verdict: publicSplit, others: others, joins: 4}
 }
-func astray() roundResult {
+func elsewhere() roundResult {
 	return roundResult{verdict: publicNotARelay, diagnosis: diagnosis{"a web server", "move it"}}
 }
 func noWay() roundResult {
@@ -562,14 +562,6 @@ func runCheck(t *testing.T, rounds int, bypass bool, script ...roundResult) (got
 	return got
 }
 
-func (r checkRun) words() string {
-	var b []string
-	for _, v := range r.verdicts {
-		b = append(b, v.String())
-	}
-	return strings.Join(b, " ")
-}
-
 func TestPublicCheckPace(t *testing.T) {
 	t.Parallel()
 	within := func(d, want time.Duration) bool { return d >= want*9/10 && d <= want*11/10 }
@@ -605,122 +597,91 @@ func TestPublicCheckPace(t *testing.T) {
 
 func TestPublicCheckVerdicts(t *testing.T) {
 	t.Parallel()
-	tests := []struct {
+	type script = []roundResult
+	split := splitWith
+	samePast, sameFuture := anotherRelay("aa00000000000000", 72*time.Hour, -900*time.Millisecond), anotherRelay("cc00000000000000", 72*time.Hour, 900*time.Millisecond)
+	latecomer, elder := anotherRelay("aa00000000000000", -72*time.Hour, -time.Minute), anotherRelay("cc00000000000000", 72*time.Hour, time.Minute)
+	for _, tt := range []struct {
 		name   string
 		rounds int
-		bypass bool
-		script []roundResult
-		want   string // verdicts
+		script script
+		want   string // verdicts; "split": one round pending, then split for ever; "": it leaves
 		levels string // of the log, in order
 		left   *rival
 	}{
-		{name: "verified is said once", rounds: 4, script: []roundResult{allMine()},
-			want: "verified verified verified verified", levels: "INFO"},
-		{name: "every change is said", rounds: 6, script: []roundResult{noWay(), noWay(), astray(), allMine(), noWay(), allMine()},
-			want: "unreachable unreachable not-a-relay verified unreachable verified", levels: "WARN WARN INFO WARN INFO"},
-		{name: "one split round is an overlap", rounds: 4, script: []roundResult{allMine(), splitWith(older), allMine()},
-			want: "verified verified verified verified", levels: "INFO INFO"},
-		{name: "at the start, too", rounds: 2, script: []roundResult{splitWith(older), allMine()},
-			want: "pending verified", levels: "INFO INFO"},
-		{name: "the older stays", rounds: 100, script: []roundResult{splitWith(younger)},
-			want: "pending" + strings.Repeat(" split", 99), levels: "INFO ERROR"},
-		{name: "the younger leaves", rounds: 100, script: []roundResult{splitWith(older)},
-			left: &older, levels: "INFO ERROR"},
-		{name: "of several the oldest is named", rounds: 100, script: []roundResult{splitWith(oldest, older, younger)},
-			left: &oldest, levels: "INFO ERROR"},
-		{name: "bypass goes on", rounds: 100, bypass: true, script: []roundResult{splitWith(older)},
-			want: "pending" + strings.Repeat(" split", 99), levels: "INFO ERROR"},
-		{name: "equal times, smaller id stays", rounds: 50, script: []roundResult{splitWith(anotherRelay("cc00000000000000", 72*time.Hour, 900*time.Millisecond))},
-			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
-		{name: "equal times, greater id leaves", rounds: 50, script: []roundResult{splitWith(anotherRelay("aa00000000000000", 72*time.Hour, -900*time.Millisecond))},
-			left: &rival{identity: identity{"aa00000000000000", myself.started.Add(72 * time.Hour)}}, levels: "INFO ERROR"},
-		{name: "a newcomer with a clock in the past", rounds: 50, script: []roundResult{splitWith(anotherRelay("aa00000000000000", -72*time.Hour, -time.Minute))},
-			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
-		{name: "an elder with a clock in the future", rounds: 50, script: []roundResult{splitWith(anotherRelay("cc00000000000000", 72*time.Hour, time.Minute))},
-			left: &rival{identity: identity{"cc00000000000000", myself.started.Add(72 * time.Hour)}}, levels: "INFO ERROR"},
-		{name: "users beat age", rounds: 50, script: []roundResult{splitWith(withUsers(younger))},
-			left: &younger, levels: "INFO ERROR"},
-		{name: "users here beat age", rounds: 12, script: []roundResult{splitWith(besideUsers(older))},
-			want: "pending" + strings.Repeat(" split", 11), levels: "INFO ERROR"},
-		{name: "users do not keep two for ever", rounds: 50, script: []roundResult{splitWith(besideUsers(older))},
-			left: &older, levels: "INFO ERROR"},
-		{name: "users on both sides", rounds: 50, script: []roundResult{splitWith(withUsers(besideUsers(older)))},
-			left: &older, levels: "INFO ERROR"},
-		{name: "one that yields is not followed", rounds: 50, script: []roundResult{splitWith(yielding(older))},
-			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
-		{name: "both yield, greater id leaves", rounds: 50, script: []roundResult{splitWith(older), splitWith(yielding(older))},
-			left: &older, levels: "INFO ERROR"},
-		{name: "both yield, smaller id stays", rounds: 50, script: []roundResult{splitWith(oldest), splitWith(yielding(oldest))},
-			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
-		{name: "older version, earlier by its clock", rounds: 50, script: []roundResult{splitWith(ofOldVersion(younger))},
-			left: &younger, levels: "INFO ERROR"},
-		{name: "older version, later by its clock", rounds: 50, script: []roundResult{splitWith(ofOldVersion(older))},
-			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
-		{name: "a split that heals starts anew", rounds: 6, script: []roundResult{splitWith(older), splitWith(older), splitWith(older), allMine(), splitWith(older), allMine()},
-			want: "pending split split verified verified verified", levels: "INFO ERROR INFO INFO"},
-		{name: "an older one that is gone", rounds: 50, script: []roundResult{splitWith(older), splitWith(older), splitWith(younger)},
-			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
-		{name: "one after the other, as in a rolling update", rounds: 7, script: []roundResult{
-			splitWith(older), splitWith(older), splitWith(oldest), splitWith(oldest), splitWith(younger), splitWith(younger), allMine()},
-			want: "pending split split split split split verified", levels: "INFO ERROR INFO"},
-		{name: "an older one seen twice only", rounds: 50, script: []roundResult{splitWith(older), splitWith(younger), splitWith(younger), splitWith(younger), splitWith(younger), splitWith(older), splitWith(younger)},
-			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
-		{name: "one that does not say who it is", rounds: 50, script: []roundResult{splitWith()},
-			want: "pending" + strings.Repeat(" split", 49), levels: "INFO ERROR"},
-	}
-	for _, tt := range tests {
+		{"verified is said once", 4, script{allMine()}, "verified verified verified verified", "INFO", nil},
+		{"every change is said", 6, script{noWay(), noWay(), elsewhere(), allMine(), noWay(), allMine()},
+			"unreachable unreachable not-a-relay verified unreachable verified", "WARN WARN INFO WARN INFO", nil},
+		{"one split round is an overlap", 4, script{allMine(), split(older), allMine()}, "verified verified verified verified", "INFO INFO", nil},
+		{"at the start, too", 2, script{split(older), allMine()}, "pending verified", "INFO INFO", nil},
+		{"the older stays", 100, script{split(younger)}, "split", "INFO ERROR", nil},
+		{"the younger leaves", 100, script{split(older)}, "", "INFO ERROR", &older},
+		{"of several the oldest is named", 100, script{split(oldest, older, younger)}, "", "INFO ERROR", &oldest},
+		{"bypass goes on", 100, script{split(older)}, "split", "INFO ERROR", nil},
+		{"equal times, smaller id stays", 50, script{split(sameFuture)}, "split", "INFO ERROR", nil},
+		{"equal times, greater id leaves", 50, script{split(samePast)}, "", "INFO ERROR", &samePast},
+		{"a newcomer with a clock in the past", 50, script{split(latecomer)}, "split", "INFO ERROR", nil},
+		{"an elder with a clock in the future", 50, script{split(elder)}, "", "INFO ERROR", &elder},
+		{"users beat age", 50, script{split(withUsers(younger))}, "", "INFO ERROR", &younger},
+		{"users here beat age", 12, script{split(besideUsers(older))}, "split", "INFO ERROR", nil},
+		{"users do not keep two for ever", 50, script{split(besideUsers(older))}, "", "INFO ERROR", &older},
+		{"users on both sides", 50, script{split(withUsers(besideUsers(older)))}, "", "INFO ERROR", &older},
+		{"one that yields is not followed", 50, script{split(yielding(older))}, "split", "INFO ERROR", nil},
+		{"both yield, greater id leaves", 50, script{split(older), split(yielding(older))}, "", "INFO ERROR", &older},
+		{"both yield, smaller id stays", 50, script{split(oldest), split(yielding(oldest))}, "split", "INFO ERROR", nil},
+		{"older version, earlier by its clock", 50, script{split(ofOldVersion(younger))}, "", "INFO ERROR", &younger},
+		{"older version, later by its clock", 50, script{split(ofOldVersion(older))}, "split", "INFO ERROR", nil},
+		{"a split that heals starts anew", 6, script{split(older), split(older), split(older), allMine(), split(older), allMine()},
+			"pending split split verified verified verified", "INFO ERROR INFO INFO", nil},
+		{"an older one that is gone", 50, script{split(older), split(older), split(younger)}, "split", "INFO ERROR", nil},
+		{"one after the other, as in a rolling update", 7,
+			script{split(older), split(older), split(oldest), split(oldest), split(younger), split(younger), allMine()},
+			"pending split split split split split verified", "INFO ERROR INFO", nil},
+		{"an older one seen twice only", 50,
+			script{split(older), split(younger), split(younger), split(younger), split(younger), split(older), split(younger)}, "split", "INFO ERROR", nil},
+		{"one that does not say who it is", 50, script{split()}, "split", "INFO ERROR", nil},
+	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			r := runCheck(t, tt.rounds, tt.bypass, tt.script...)
-			if tt.want != "" && r.words() != tt.want {
-				t.Errorf("verdicts:\n%s, want\n%s", r.words(), tt.want)
+			r := runCheck(t, tt.rounds, tt.name == "bypass goes on", tt.script...)
+			want := tt.want
+			if want == "split" {
+				want = "pending" + strings.Repeat(" split", tt.rounds-1)
+			}
+			if got := strings.Trim(fmt.Sprint(r.verdicts), "[]"); want != "" && got != want {
+				t.Errorf("verdicts:\n%s, want\n%s", got, want)
 			}
 			var levels []string
-			for line := range strings.Lines(r.logs) {
-				_, rest, _ := strings.Cut(line, "level=")
-				level, _, _ := strings.Cut(rest, " ")
-				levels = append(levels, level)
+			for _, m := range regexp.MustCompile(`level=(\w+)`).FindAllStringSubmatch(r.logs, -1) {
+				levels = append(levels, m[1])
 			}
 			if got := strings.Join(levels, " "); got != tt.levels {
 				t.Errorf("log levels %s, want %s:\n%s", got, tt.levels, r.logs)
 			}
-			switch {
-			case tt.left == nil && r.left != nil:
-				t.Errorf("left: %v", r.left)
-			case tt.left != nil && r.left == nil:
-				t.Error("stayed")
-			case tt.left != nil:
-				for _, want := range []string{tt.left.id, tt.left.started.Format(time.RFC3339), myself.id, "multi-instance deploy detected", "4404", bypassName} {
-					if !strings.Contains(r.left.Error(), want) {
-						t.Errorf("the reason lacks %q: %v", want, r.left)
-					}
+			if (r.left != nil) != (tt.left != nil) {
+				t.Fatalf("it left because of %v", r.left)
+			}
+			if tt.left == nil {
+				return
+			}
+			for _, want := range []string{tt.left.id, tt.left.started.Format(time.RFC3339), myself.id, "multi-instance deploy detected", "4404", bypassName} {
+				if !strings.Contains(r.left.Error(), want) {
+					t.Errorf("the reason lacks %q: %v", want, r.left)
 				}
-				first, last := r.at[0], r.at[len(r.at)-1]
-				if last-first < 90*time.Second || len(r.at) < 3 {
-					t.Errorf("left after %d rounds in %v, want three or more in 90s or more", len(r.at), last-first)
-				}
-				patience := 150 * time.Second
-				if tt.name == "users do not keep two for ever" {
-					patience += splitDoubts * 90 * time.Second
-				}
-				if last-first > patience {
-					t.Errorf("left only after %v", last-first)
-				}
+			}
+			most := 150 * time.Second
+			if tt.name == "users do not keep two for ever" {
+				most += splitDoubts * 90 * time.Second
+			}
+			if took := r.at[len(r.at)-1] - r.at[0]; took < 90*time.Second || took > most || len(r.at) < 3 {
+				t.Errorf("left after %d rounds in %v, want three or more in 90s or more, and at most %v", len(r.at), took, most)
 			}
 		})
 	}
-}
-
-// TestPublicCheckForgets: a split that comes back after it healed is counted
-// from its new beginning.
-func TestPublicCheckForgets(t *testing.T) {
-	t.Parallel()
-	r := runCheck(t, 100, false, splitWith(older), splitWith(older), splitWith(older), allMine(), splitWith(older))
-	if r.left == nil {
-		t.Fatal("stayed")
-	}
-	if n := len(r.at); n < 7 || r.at[n-1]-r.at[4] < 90*time.Second {
-		t.Errorf("left in round %d, %v after the second split began", n, r.at[n-1]-r.at[4])
+	// A split that comes back after it healed is counted from its new beginning.
+	r := runCheck(t, 100, false, split(older), split(older), split(older), allMine(), split(older))
+	if n := len(r.at); r.left == nil || n < 7 || r.at[n-1]-r.at[4] < 90*time.Second {
+		t.Errorf("left because of %v in round %d, %v after the second split began", r.left, n, r.at[n-1]-r.at[4])
 	}
 }
 
@@ -949,6 +910,9 @@ func TestPaceFrom(t *testing.T) {
 			t.Errorf("the error does not say what is wrong: %v", err)
 		}
 	}
+	if code, _, stderr := runOnce(map[string]string{paceName: "soon"}, "-listen", "127.0.0.1:0"); code != exitRefused || !strings.Contains(stderr, paceName) {
+		t.Errorf("exit code %d, %q", code, stderr)
+	}
 }
 
 // ---- one round ----
@@ -967,110 +931,57 @@ func lookFrom(t *testing.T, r *testRelay, addr string, joins int) roundResult {
 
 func TestPublicRound(t *testing.T) {
 	t.Parallel()
-	nginx := func(status int) http.HandlerFunc {
-		return func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("Server", "nginx")
-			w.WriteHeader(status)
-		}
-	}
-	type pair struct {
-		me, other *testRelay
-	}
-	tests := []struct {
+	for _, tt := range []struct {
 		name  string
-		start func(t *testing.T, p pair) string // the public address
+		front func(t *testing.T, me, other string) (public string)
 		want  publicVerdict
 		other bool   // is named
-		what  string // is in the fault
+		what  string // is in the diagnosis
 		some  bool   // of the phones fail
 	}{
-		{name: "alone", want: publicVerified, start: func(t *testing.T, p pair) string { return p.me.addr }},
-		{name: "one backend", want: publicVerified, start: func(t *testing.T, p pair) string {
-			return startBalancer(t, nil, always(p.me.addr)).addr
-		}},
-		{name: "round robin", want: publicSplit, other: true, start: func(t *testing.T, p pair) string {
-			return startBalancer(t, nil, inTurn(p.me.addr, p.other.addr)).addr
-		}},
-		{name: "round robin, the claim elsewhere", want: publicSplit, other: true, start: func(t *testing.T, p pair) string {
-			return startBalancer(t, nil, inTurn(p.other.addr, p.me.addr)).addr
-		}},
-		{name: "one phone in nine", want: publicSplit, other: true, start: func(t *testing.T, p pair) string {
-			return startBalancer(t, nil, func(n int, _ string) string {
-				if n == 8 {
-					return p.other.addr
-				}
-				return p.me.addr
-			}).addr
-		}},
-		{name: "one claim elsewhere, its phones here", want: publicSplit, other: true, start: func(t *testing.T, p pair) string {
-			return startBalancer(t, nil, func(n int, _ string) string {
-				if n == 0 {
-					return p.other.addr
-				}
-				return p.me.addr
-			}).addr
-		}},
-		{name: "sticky by server-id", want: publicVerified, start: func(t *testing.T, p pair) string {
-			return startBalancer(t, nil, byServer(p.me.addr, p.other.addr)).addr
-		}},
-		{name: "another relay only", want: publicSplit, other: true, start: func(t *testing.T, p pair) string { return p.other.addr }},
-		{name: "another relay, and otherwise nothing", want: publicSplit, other: true, start: func(t *testing.T, p pair) string {
-			return startBalancer(t, nil, inTurn("", p.other.addr)).addr
-		}},
-		{name: "a web server", want: publicNotARelay, what: `"HTTP/1.1 404 Not Found" (server: "nginx")`, start: func(t *testing.T, p pair) string {
-			return webServer(t, nginx(404))
-		}},
-		{name: "a proxy without a relay", want: publicNotARelay, what: "does not reach a relay", start: func(t *testing.T, p pair) string {
-			return webServer(t, nginx(502))
-		}},
-		{name: "one backend of two is no relay", want: publicNotARelay, what: "502", some: true, start: func(t *testing.T, p pair) string {
-			return startBalancer(t, nil, inTurn(p.me.addr, webServer(t, nginx(502)))).addr
-		}},
-		{name: "another relay beats a web server", want: publicSplit, other: true, start: func(t *testing.T, p pair) string {
-			return startBalancer(t, nil, inTurn(p.me.addr, webServer(t, nginx(502)), p.other.addr)).addr
-		}},
-		{name: "nothing", want: publicUnreachable, what: "connection refused", start: func(t *testing.T, p pair) string { return deadAddr(t) }},
-		{name: "one backend of two is gone", want: publicUnreachable, what: "no HTTP answer", some: true, start: func(t *testing.T, p pair) string {
-			return startBalancer(t, nil, inTurn(p.me.addr, "")).addr
-		}},
-		{name: "a proxy that drops the upgrade", want: publicUnreachable, what: "no upgrade was asked for", start: func(t *testing.T, p pair) string {
-			b := startBalancer(t, nil, always(p.me.addr))
-			b.request = without("Upgrade")
-			return b.addr
-		}},
-		{name: "a proxy that drops headers", want: publicUnreachable, what: "x-pyrycode-version is missing", start: func(t *testing.T, p pair) string {
-			b := startBalancer(t, nil, always(p.me.addr))
-			b.request = without("X-Pyrycode-Version")
-			return b.addr
-		}},
-		{name: "the header is taken away", want: publicVerified, start: func(t *testing.T, p pair) string {
-			b := startBalancer(t, nil, always(p.me.addr))
+		{"alone", func(t *testing.T, me, _ string) string { return me }, publicVerified, false, "", false},
+		{"one backend", through(func(me, _ string) picker { return always(me) }), publicVerified, false, "", false},
+		{"round robin", through(func(me, other string) picker { return inTurn(me, other) }), publicSplit, true, "", false},
+		{"round robin, the claim elsewhere", through(func(me, other string) picker { return inTurn(other, me) }), publicSplit, true, "", false},
+		{"one phone in nine", through(func(me, other string) picker { return onceOf(8, other, me) }), publicSplit, true, "", false},
+		{"one claim elsewhere, its phones here", through(func(me, other string) picker { return onceOf(0, other, me) }), publicSplit, true, "", false},
+		{"sticky by server-id", through(func(me, other string) picker { return byServer(me, other) }), publicVerified, false, "", false},
+		{"another relay only", func(t *testing.T, _, other string) string { return other }, publicSplit, true, "", false},
+		{"another relay, and otherwise nothing", through(func(_, other string) picker { return inTurn("", other) }), publicSplit, true, "", false},
+		{"a web server", func(t *testing.T, _, _ string) string { return status(t, 404, "Server", "nginx") },
+			publicNotARelay, false, `"HTTP/1.1 404 Not Found" (server: "nginx")`, false},
+		{"a proxy without a relay", func(t *testing.T, _, _ string) string { return status(t, 502) }, publicNotARelay, false, "does not reach a relay", false},
+		{"one backend of two is no relay", func(t *testing.T, me, _ string) string {
+			return startBalancer(t, nil, inTurn(me, status(t, 502))).addr
+		}, publicNotARelay, false, "502", true},
+		{"another relay beats a web server", func(t *testing.T, me, other string) string {
+			return startBalancer(t, nil, inTurn(me, status(t, 502), other)).addr
+		}, publicSplit, true, "", false},
+		{"nothing", func(t *testing.T, _, _ string) string { return deadAddr(t) }, publicUnreachable, false, "connection refused", false},
+		{"one backend of two is gone", through(func(me, _ string) picker { return inTurn(me, "") }), publicUnreachable, false, "no HTTP answer", true},
+		{"a proxy that drops the upgrade", dropping("Upgrade", ""), publicUnreachable, false, "no upgrade was asked for", false},
+		{"a proxy that drops headers", dropping("X-Pyrycode-Version", ""), publicUnreachable, false, "x-pyrycode-version is missing", false},
+		{"the header is taken away", dropping("", instanceHeader), publicVerified, false, "", false},
+		{"the header is taken away, round robin", func(t *testing.T, me, other string) string {
+			b := startBalancer(t, nil, inTurn(me, other))
 			b.reply = without(instanceHeader)
 			return b.addr
-		}},
-		{name: "the header is taken away, round robin", want: publicSplit, start: func(t *testing.T, p pair) string {
-			b := startBalancer(t, nil, inTurn(p.me.addr, p.other.addr))
-			b.reply = without(instanceHeader)
-			return b.addr
-		}},
-	}
-	for _, tt := range tests {
+		}, publicSplit, false, "", false},
+	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			p := pair{startRelay(t, testOptions()), startRelay(t, testOptions())}
-			f := lookFrom(t, p.me, tt.start(t, p), firstJoins)
+			me, other := startRelay(t, testOptions()), startRelay(t, testOptions())
+			f := lookFrom(t, me, tt.front(t, me.addr, other.addr), firstJoins)
 			if f.verdict != tt.want {
 				t.Errorf("verdict %v (%+v), want %v", f.verdict, f, tt.want)
 			}
-			switch {
-			case !tt.other && len(f.others) > 0:
-				t.Errorf("others are %v, want none named", f.others)
-			case tt.other && (len(f.others) != 1 || f.others[0].identity != p.other.id):
-				t.Errorf("others are %v, want %v", f.others, p.other.id)
-			case tt.other:
+			if named := len(f.others) > 0; named != tt.other || len(f.others) > 1 {
+				t.Errorf("others are %v, want one named: %v", f.others, tt.other)
+			} else if named {
 				o := f.others[0]
-				if older := o.theirs.age - o.mine.age; !o.told || o.theirs.age < 0 || older < -time.Second || older > time.Second || o.theirs.users || o.mine.users {
-					t.Errorf("the other is seen as %+v", o)
+				older := o.theirs.age - o.mine.age
+				if o.identity != other.id || !o.told || o.theirs.age < 0 || older.Abs() > time.Second || o.theirs.users || o.mine.users {
+					t.Errorf("the other is seen as %+v, want %v", o, other.id)
 				}
 			}
 			if !strings.Contains(f.diagnosis.what, tt.what) || (tt.what == "") != (f.diagnosis.what == "") {
@@ -1082,8 +993,32 @@ func TestPublicRound(t *testing.T) {
 			if tt.want == publicVerified && f.joins != firstJoins {
 				t.Errorf("%d phones joined, want %d", f.joins, firstJoins)
 			}
-			p.me.settle("the round's end", func() bool { return p.me.count(roleBinary)+p.me.count(rolePhone) == 0 })
+			me.settle("the round's end", func() bool { return me.count(roleBinary)+me.count(rolePhone) == 0 })
 		})
+	}
+}
+
+// through is a balancer in front of two relays.
+func through(pick func(me, other string) picker) func(t *testing.T, me, other string) string {
+	return func(t *testing.T, me, other string) string { return startBalancer(t, nil, pick(me, other)).addr }
+}
+
+// dropping is a proxy that takes a header out of requests, and one out of answers.
+func dropping(request, reply string) func(t *testing.T, me, other string) string {
+	return func(t *testing.T, me, _ string) string {
+		b := startBalancer(t, nil, always(me))
+		b.request, b.reply = without(request), without(reply)
+		return b.addr
+	}
+}
+
+// onceOf brings connection n elsewhere.
+func onceOf(n int, there, here string) picker {
+	return func(i int, _ string) string {
+		if i == n {
+			return there
+		}
+		return here
 	}
 }
 
@@ -1241,21 +1176,18 @@ func TestProbeNonce(t *testing.T) {
 	}
 }
 
-// TestStopDuringCheck is not parallel: it looks for goroutines by name.
-func TestStopDuringCheck(t *testing.T) {
-	for _, stage := range []string{"no answer to the upgrade", "claim held, no answer to a phone", "between rounds"} {
+// TestPublicCheckStops is not parallel: it looks for goroutines by name.
+func TestPublicCheckStops(t *testing.T) {
+	const noUpgrade, noPhone, betweenRounds = "no answer to the upgrade", "claim held, no answer to a phone", "between rounds"
+	silent := onLoopback(t) // the kernel accepts, nobody reads
+	defer silent.Close()
+	for _, stage := range []string{noUpgrade, noPhone, betweenRounds} {
 		t.Run(stage, func(t *testing.T) {
 			r := startRelay(t, testOptions())
-			silent, err := net.Listen("tcp", "127.0.0.1:0") // the kernel accepts, nobody reads
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer silent.Close()
 			reached := make(chan struct{}, 100)
 			b := startBalancer(t, nil, func(n int, _ string) string {
 				reached <- struct{}{}
-				switch {
-				case stage == "between rounds", stage == "claim held, no answer to a phone" && n == 0:
+				if stage == betweenRounds || stage == noPhone && n == 0 {
 					return r.addr
 				}
 				return silent.Addr().String()
@@ -1266,25 +1198,40 @@ func TestStopDuringCheck(t *testing.T) {
 			c := startPublicCheck(o, r.relay)
 			<-reached
 			switch stage {
-			case "claim held, no answer to a phone":
+			case noPhone:
 				<-reached
-			case "between rounds":
-				eventually(t, "the first verdict", func() bool { return r.instance.verdict().String() == "verified" })
+			case betweenRounds:
+				eventually(t, "the first verdict", func() bool { return r.instance.verdict() == publicVerified })
 			}
-			stopped := make(chan struct{})
-			go func() {
-				defer close(stopped)
-				c.stop()
-			}()
-			select {
-			case <-stopped:
-			case <-time.After(patience):
-				t.Fatal("the check does not stop")
+			began := time.Now()
+			c.stop()
+			if took := time.Since(began); took > patience {
+				t.Errorf("the check stops only after %v", took)
 			}
 			wantNoCheck(t)
 			r.stop()
 		})
 	}
+	t.Run("a whole program", func(t *testing.T) {
+		asked := onLoopback(t)
+		defer asked.Close()
+		ctx, cancel := context.WithCancel(t.Context())
+		code := make(chan int, 1)
+		go func() {
+			code <- run(ctx, []string{"-listen", "127.0.0.1:0", "-admin", "off", "-instance-lock", deadAddr(t), "-public-url", "ws://" + asked.Addr().String()},
+				map[string]string{paceName: "1h,1ms,1h"}, io.Discard, io.Discard)
+		}()
+		nc, err := asked.Accept() // a round is under way
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nc.Close()
+		cancel()
+		if got := <-code; got != exitStopped {
+			t.Errorf("exit code %d", got)
+		}
+		wantNoCheck(t)
+	})
 }
 
 func wantNoCheck(t *testing.T) {
@@ -1298,126 +1245,65 @@ func wantNoCheck(t *testing.T) {
 	}
 }
 
-// TestProgramStopsItsCheck is not parallel: it looks for goroutines by name.
-func TestProgramStopsItsCheck(t *testing.T) {
-	silent, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer silent.Close()
-	ctx, cancel := context.WithCancel(t.Context())
-	code := make(chan int, 1)
-	go func() {
-		code <- run(ctx, []string{"-listen", "127.0.0.1:0", "-admin", "off", "-instance-lock", deadAddr(t), "-public-url", "ws://" + silent.Addr().String()},
-			map[string]string{paceName: "1h,1ms,1h"}, io.Discard, io.Discard)
-	}()
-	nc, err := silent.Accept() // a round is under way
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer nc.Close()
-	cancel()
-	if got := <-code; got != exitStopped {
-		t.Errorf("exit code %d", got)
-	}
-	wantNoCheck(t)
-}
-
-// TestYoungerRelayLeaves runs a whole program behind a round robin with a relay
-// that was there before.
-func TestYoungerRelayLeaves(t *testing.T) {
+// TestPublicCheckYoungerRelayLeaves runs a whole program behind a round robin with a
+// relay that was there before. The program says that it has run for days, which is a
+// matter of its clock; only the first has users.
+func TestPublicCheckYoungerRelayLeaves(t *testing.T) {
 	t.Parallel()
 	for _, bypass := range []bool{false, true} {
 		t.Run(fmt.Sprintf("bypass %v", bypass), func(t *testing.T) {
 			t.Parallel()
 			first := startRelay(t, testOptions())
-			var program string // guarded by the balancer's lock
+			var second string // guarded by the balancer's lock
 			b := startBalancer(t, nil, func(n int, _ string) string {
-				if program == "" || n%2 == 0 {
+				if second == "" || n%2 == 0 {
 					return first.addr
 				}
-				return program
+				return second
 			})
+			setSecond := func(addr string) {
+				b.mu.Lock()
+				defer b.mu.Unlock()
+				second = addr
+			}
 			o := first.o
 			o.publicURL = &url.URL{Scheme: "ws", Host: b.addr}
 			o.checkPace = checkPace{every: 40 * time.Millisecond, again: 20 * time.Millisecond, over: 600 * time.Millisecond}
 			c := startPublicCheck(o, first.relay)
 			defer c.stop()
-
-			// The program says that it has run for days, which is a matter of its clock;
-			// only the first has users.
-			env := map[string]string{paceName: "40ms,20ms,600ms,-72h"}
 			first.binary("somebody")
+			env := []string{paceName + "=40ms,20ms,600ms,-72h"}
 			if bypass {
-				env[bypassName] = "1"
+				env = append(env, bypassName+"=1")
 			}
-			ctx, cancel := context.WithCancel(t.Context())
-			defer cancel()
-			var logs logBuffer
-			code := make(chan int, 1)
-			go func() {
-				code <- run(ctx, []string{"-listen", "127.0.0.1:0", "-admin", "off", "-instance-lock", deadAddr(t), "-public-url", "ws://" + b.addr},
-					env, io.Discard, &logs)
-			}()
-			var addr string
-			eventually(t, "the program listens", func() bool {
-				_, rest, ok := strings.Cut(logs.String(), "msg=listening addr=")
-				addr, _, _ = strings.Cut(rest, " ")
-				return ok
-			})
-			health := func() string {
-				resp, err := http.Get("http://" + addr + "/healthz")
-				if err != nil {
-					return err.Error()
-				}
-				defer resp.Body.Close()
-				body, _ := io.ReadAll(resp.Body)
-				return string(body)
-			}
-			b.mu.Lock()
-			program = addr
-			b.mu.Unlock()
+			p := startProgram(t, env, "-public-url", "ws://"+b.addr).listening()
+			setSecond(p.addr)
 			if !bypass {
-				select {
-				case got := <-code:
-					if got != exitRefused {
-						t.Errorf("exit code %d, want %d", got, exitRefused)
-					}
-				case <-time.After(patience):
-					t.Fatalf("the younger relay goes on:\n%s", logs.String())
+				if got := p.exit(); got != exitRefused {
+					t.Errorf("exit code %d, want %d", got, exitRefused)
 				}
 				for _, want := range []string{"level=ERROR", "refusing to go on: multi-instance deploy detected: relay " + first.id.id, "silent 4404"} {
-					if !strings.Contains(logs.String(), want) {
-						t.Errorf("its log lacks %q:\n%s", want, logs.String())
+					if !strings.Contains(p.stderr.String(), want) {
+						t.Errorf("its log lacks %q:\n%s", want, p.stderr.String())
 					}
 				}
-				b.mu.Lock()
-				program = ""
-				b.mu.Unlock()
-				eventually(t, "the older relay is alone again", func() bool { return first.instance.verdict().String() == "verified" })
+				setSecond("")
+				eventually(t, "the older relay is alone again", func() bool { return first.instance.verdict() == publicVerified })
 				return
 			}
 			eventually(t, "both report the split", func() bool {
-				return first.instance.verdict().String() == "split" && strings.Contains(health(), `"instance_check":"split"`)
+				_, health := fetch(t, "http://"+p.addr+"/healthz")
+				return first.instance.verdict() == publicSplit && strings.Contains(health, `"instance_check":"split"`)
 			})
 			// Long enough that it would have left without the bypass.
 			seen := first.metrics.upgrades[roleBinary][upgradeAccepted].Load()
 			eventually(t, "ten more claims of the program's check", func() bool {
 				return first.metrics.upgrades[roleBinary][upgradeAccepted].Load() >= seen+10
 			})
-			cancel()
-			if got := <-code; got != exitStopped {
+			p.signal(syscall.SIGTERM)
+			if got := p.exit(); got != exitStopped {
 				t.Errorf("exit code %d, want %d", got, exitStopped)
 			}
 		})
-	}
-}
-
-func TestBadPaceIsRefused(t *testing.T) {
-	t.Parallel()
-	var stderr bytes.Buffer
-	code := run(t.Context(), []string{"-listen", "127.0.0.1:0"}, map[string]string{paceName: "soon"}, io.Discard, &stderr)
-	if code != exitRefused || !strings.Contains(stderr.String(), paceName) {
-		t.Errorf("exit code %d, %q", code, stderr.String())
 	}
 }
