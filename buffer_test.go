@@ -121,7 +121,7 @@ func TestQueueMoveTo(t *testing.T) {
 	}
 }
 
-func TestBlockSizes(t *testing.T) {
+func TestBufferSizes(t *testing.T) {
 	t.Parallel()
 	m := testMemory(1 << 30)
 	for _, c := range []struct{ need, capacity int }{
@@ -138,7 +138,7 @@ func TestBlockSizes(t *testing.T) {
 	}
 }
 
-func TestBlockGrow(t *testing.T) {
+func TestBufferGrow(t *testing.T) {
 	t.Parallel()
 	m := testMemory(8 << 10)
 	k := m.get(1, priorityPassing)

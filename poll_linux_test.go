@@ -9,7 +9,7 @@ import (
 
 // Connections that flood the relay take turns, a few between two looks at who
 // else has something, and in the order in which they came.
-func TestReadyTakeTurns(t *testing.T) {
+func TestEpollReadyTakeTurns(t *testing.T) {
 	t.Parallel()
 	l := &epollLoop{share: 1}
 	var all []*conn
@@ -34,7 +34,7 @@ func TestReadyTakeTurns(t *testing.T) {
 
 // A connection whose end comes between its request and its session was no
 // upgrade: what was accepted is what is closed, or the books do not agree.
-func TestGoneBeforeItsSession(t *testing.T) {
+func TestEpollGoneBeforeItsSession(t *testing.T) {
 	t.Parallel()
 	r := startRelay(t, testOptions())
 	for role := range roleCount {
