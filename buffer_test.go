@@ -125,7 +125,8 @@ func TestBufferSizes(t *testing.T) {
 	t.Parallel()
 	m := testMemory(1 << 30)
 	for _, c := range []struct{ need, capacity int }{
-		{0, 1152}, {1, 1152}, {1152, 1152}, {1153, 4224}, {16 << 10, 16512}, {64<<10 + 128, 65664}, {256 << 10, 262272}, {262273, 262273}, {1 << 20, 1 << 20},
+		{0, 1152}, {1, 1152}, {1152, 1152}, {1153, 4224}, {16 << 10, 16512}, {64<<10 + 128, 65664},
+		{256 << 10, 262272}, {262273, 262273}, {1 << 20, 1 << 20},
 	} {
 		k := m.get(c.need, priorityPassing)
 		if len(k.b) != c.capacity || m.budget.used() != int64(c.capacity) {

@@ -19,15 +19,12 @@ import (
 //
 // A connection ends in steps:
 //
-//	       startClose: a close frame goes      advanceClose: both
-//	       out behind what is queued           close frames are out
-//	open ────────────────────────────▶ closing ────────────────────▶ lingering
-//	  │                                   │                              │
-//	  │ the peer's FIN or reset           │ that, or fail                │ that, or fail
-//	  └──────────────────────────────▶  free  ◀──────────────────────────┘
-//	                                      │
-//	                                      ▼
-//	                                   closed
+//	       startClose: a close frame          advanceClose: both
+//	       goes out behind what is queued     close frames are out
+//	open ------------------------------> closing ---------------> lingering
+//	  |                                     |                         |
+//	  |         the peer's FIN, or a reset, which fail brings about   |
+//	  +-------------------------------------+-------------------------+--- free ---> closed
 //
 // fail gives up on the peer, because the socket broke or a deadline passed: nothing
 // more is sent, and the reader finds the end of the socket. As open is left, by
@@ -131,7 +128,7 @@ type conn struct {
 	pinged        bool   // a ping is out
 	dirty         bool   // in a batch that will flush
 	sentClose     bool   // our close frame is out
-	answered      bool   // the peer's close frame is here, or none can be told from the rest
+	closeHeard    bool   // the peer's close frame is here, or none can be told from the rest
 	failed        bool   // the socket failed or was given up
 	endReason     closeReason
 	endCode       uint16
@@ -212,7 +209,7 @@ func (c *conn) advanceClose(now int64) {
 	case !c.is(connClosing) || c.failed || c.endReason == endPeerLost:
 	case c.sock.unsent(): // its time begins when they are gone
 		c.blockedSince = now
-	case c.answered:
+	case c.closeHeard:
 		// The peer's FIN ends it. Until then what it still sends is read, so that no
 		// reset overtakes the close frame, which a slow peer may not have yet.
 		c.state.Store(uint32(connLinger))
@@ -314,7 +311,7 @@ func (c *conn) stuck(w *writeBatch) bool {
 	c.unblock()
 	n := c.out.n
 	c.flush(w)
-	w.addLocked(c) // to wake who waits for it
+	w.addLocked(c) // to wake the phones that wait for it
 	return c.out.n == n
 }
 
@@ -558,7 +555,7 @@ func (c *conn) ignoreRest(w *writeBatch, reason closeReason, code uint16, text s
 	c.ignoreInput = true
 	c.startCloseWith(w, reason, code, text)
 	c.mu.Lock()
-	c.answered = true
+	c.closeHeard = true
 	w.addLocked(c)
 	c.mu.Unlock()
 }
@@ -823,7 +820,7 @@ const (
 // now has to wait for c, and has lined up for it: it does not as long as it has no
 // more than one small message in front of c.
 func (c *conn) pushFrom(w *writeBatch, phone *conn, head, payload, tail []byte) (reason closeReason, wait bool) {
-	light := c.isOut(phone.pushed) && len(payload) < directWrite
+	light := c.queued-uint64(c.out.n) >= phone.pushed && len(payload) < directWrite
 	reason = c.push(w, 0, head, payload, tail)
 	phone.pushed = c.queued
 	wait = c.out.n >= pauseAt && !light
@@ -832,9 +829,6 @@ func (c *conn) pushFrom(w *writeBatch, phone *conn, head, payload, tail []byte) 
 	}
 	return reason, wait
 }
-
-// isOut reports whether everything queued up to end has been written, mu held.
-func (c *conn) isOut(end uint64) bool { return c.queued-uint64(c.out.n) >= end }
 
 // pause keeps the reader from this connection until resume is called on its socket.
 // Called by the handler, on the reader, from within message. behind is the binary that

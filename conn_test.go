@@ -260,7 +260,8 @@ func TestConnEnforcesFrameRules(t *testing.T) {
 		tests = append(tests, violation{fmt.Sprintf("opcode %x", op), clientFrame(last, op, []byte("1")), 1002, "unknown opcode"})
 	}
 	for _, code := range []uint16{0, 1, 999, 1004, 1005, 1006, 1015, 1016, 2999, 5000, 65535} {
-		tests = append(tests, violation{fmt.Sprintf("close code %d", code), clientFrame(last, opClose, closePayload(code, "")), 1002, "bad close frame"})
+		name, raw := fmt.Sprintf("close code %d", code), clientFrame(last, opClose, closePayload(code, ""))
+		tests = append(tests, violation{name, raw, 1002, "bad close frame"})
 	}
 	onLegs(t, testOptions(), func(t *testing.T, r *testRelay, role role) {
 		for _, tt := range tests {
@@ -429,7 +430,8 @@ func TestConnAnswersClose(t *testing.T) {
 			nil,
 			closePayload(1000, ""),
 			closePayload(1001, "going away"),
-			closePayload(1003, ""), closePayload(1007, ""), closePayload(1011, ""), closePayload(1014, ""), closePayload(3000, ""), closePayload(4999, ""),
+			closePayload(1003, ""), closePayload(1007, ""), closePayload(1011, ""),
+			closePayload(1014, ""), closePayload(3000, ""), closePayload(4999, ""),
 			closePayload(4000, strings.Repeat("r", maxCloseReason)),
 		} {
 			ln := r.lane(role)

@@ -28,8 +28,7 @@ const (
 	// cheap beside the bytes, small enough to stay in the second-level cache.
 	readSize = 64 << 10
 	// roundReads is how many bufferfuls all that have more to read get between two
-	// looks at who else has something: however many flood the relay, others do
-	// not wait for all of them.
+	// looks at the others: however many flood the relay, nobody waits for all of them.
 	roundReads = 32
 	// mostReads is how many of these one gets at once if few want any. What it
 	// sends to the same peer then shares a write: with one bufferful at a time
@@ -297,7 +296,7 @@ func (l *epollLoop) read(c *conn) {
 		case err == syscall.EINTR:
 			continue
 		case err != nil || n == 0:
-			l.release(c, s)
+			l.free(c, s)
 			return
 		}
 		c.receive(w, into[:n])
@@ -314,7 +313,7 @@ func (l *epollLoop) read(c *conn) {
 	}
 }
 
-// readOn gives those who have waited longest of l.ready their turn.
+// readOn gives those of l.ready that have waited longest their turn.
 func (l *epollLoop) readOn() {
 	var turn [roundReads]*conn
 	n := copy(turn[:roundReads/l.share], l.ready)
@@ -326,7 +325,7 @@ func (l *epollLoop) readOn() {
 }
 
 // release closes c's socket and forgets it.
-func (l *epollLoop) release(c *conn, s *epollSocket) {
+func (l *epollLoop) free(c *conn, s *epollSocket) {
 	l.mu.Lock()
 	l.conns[s.fd] = nil
 	if l.live--; l.live == 0 {

@@ -43,8 +43,9 @@ func TestEpollGoneBeforeItsSession(t *testing.T) {
 			t.Fatal("no room")
 		}
 		r.begin(caller{role: role, serverID: "gone"}, nc, nil, nil)
-		if failed, accepted := r.metrics.upgrades[role][upgradeFailed].Load(), r.metrics.upgrades[role][upgradeAccepted].Load(); failed != 1 || accepted != 0 {
-			t.Errorf("%v: %d failed and %d accepted, want 1 and 0", role, failed, accepted)
+		counts := &r.metrics.upgrades[role]
+		if failed, ok := counts[upgradeFailed].Load(), counts[upgradeAccepted].Load(); failed != 1 || ok != 0 {
+			t.Errorf("%v: %d failed and %d accepted, want 1 and 0", role, failed, ok)
 		}
 		if n := r.count(role); n != 0 {
 			t.Errorf("%v: %d are counted", role, n)
