@@ -94,6 +94,36 @@ func BenchmarkFrameForward(b *testing.B) {
 	}
 }
 
+// BenchmarkFrameStalled is what a frame costs whose phone takes nothing, beside one
+// that goes out with its batch, and one whose phone is gone.
+func BenchmarkFrameStalled(b *testing.B) {
+	const n = 4 << 10
+	r := startRelay(b, testOptions())
+	bin, _, ph, ps, w := memPair(b, r.relay)
+	_, down := costMessages(n, ph.id)
+	_, gone := costMessages(n, "phone-0")
+	for _, c := range []struct {
+		name  string
+		frame []byte
+		full  bool
+	}{{"takes", down, false}, {"stalled", down, true}, {"gone", gone, false}} {
+		b.Run(c.name, func(b *testing.B) {
+			ps.discard, ps.full = true, c.full
+			read := make([]byte, len(c.frame))
+			for b.Loop() {
+				copy(read, c.frame)
+				bin.receive(w, read)
+				w.flush()
+				if ph.out.n > r.o.queue-2*n {
+					ph.out.free(&r.buffers)
+				}
+			}
+			ps.full = false
+			ph.writable(w)
+		})
+	}
+}
+
 // ---- envelopes ----
 
 // benchPayloads are a phone's messages by content. The first is the typical one.
