@@ -94,17 +94,12 @@ func (g *registry) claim(w *writeBatch, b *session, id string) {
 // behalf of those behind them, mu held. One that has not answered an earlier
 // challenge is in the middle of one.
 func (srv *server) challenge(w *writeBatch) {
-	n := len(srv.contenders)
-	if n == 0 {
-		return
-	}
-	if srv.binary.challengedAt == 0 {
-		srv.binary.challenge(w)
-	}
-	for _, c := range srv.contenders[:min(n-1, askAhead)] {
-		if c.challengedAt == 0 {
-			c.challenge(w)
+	asked := srv.binary
+	for _, behind := range srv.contenders[:min(len(srv.contenders), 1+askAhead)] {
+		if asked.challengedAt == 0 {
+			asked.challenge(w)
 		}
+		asked = behind
 	}
 }
 

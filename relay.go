@@ -329,14 +329,9 @@ func checkHandshake(q *http.Request) *refusal {
 
 // hasToken looks for a token in a list header (RFC 9110 §5.6.1).
 func hasToken(lines []string, token string) bool {
-	for _, line := range lines {
-		for t := range strings.SplitSeq(line, ",") {
-			if strings.EqualFold(strings.TrimSpace(t), token) {
-				return true
-			}
-		}
-	}
-	return false
+	return slices.ContainsFunc(strings.Split(strings.Join(lines, ","), ","), func(t string) bool {
+		return strings.EqualFold(strings.TrimSpace(t), token)
+	})
 }
 
 func validKey(key string) bool {
@@ -435,10 +430,10 @@ func (h *answerWriter) Close() error { return nil }
 // session is the connection of a binary or of a phone.
 type session struct {
 	conn
-	role   role
-	probe  bool    // of the relay's own check: no user
 	id     string  // a phone's conn_id; a binary's is for the log only
 	server *server // set by claim or join; nil where the join was refused
+	role   role
+	probe  bool // of the relay's own check: no user
 
 	// Guarded by server.mu.
 	removed       bool        // a phone is out of server, and about to be closed
