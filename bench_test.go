@@ -268,7 +268,7 @@ func benchRegistry(b *testing.B, n int) {
 					b.Error("somebody else holds the id")
 					return
 				}
-				r.registry.release(w, leg)
+				r.registry.unregisterBinary(w, leg)
 			}
 		})
 	})
@@ -285,7 +285,7 @@ func benchRegistry(b *testing.B, n int) {
 					b.Errorf("join: %s", text)
 					return
 				}
-				r.registry.leave(w, ph, 1000)
+				r.registry.unregisterPhone(w, ph, 1000)
 				w.flush()
 			}
 		})

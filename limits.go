@@ -10,7 +10,6 @@ import (
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 )
 
@@ -272,10 +271,10 @@ func (g *guest) CloseWrite() error {
 }
 
 // limitIdle is an http.Server's ConnState hook: it keeps net/http at maxWaiting
-// connections that are no session, and counts them in served. A newcomer displaces
-// the one that has waited for the longest for its request to be complete, however
-// often that has sent a byte of it: strangers that dawdle must not lock others out.
-func limitIdle(served *atomic.Int64) func(net.Conn, http.ConnState) {
+// connections that are no session. A newcomer displaces the one that has
+// waited for the longest for its request to be complete, however often that has sent
+// a byte of it: strangers that dawdle must not lock others out.
+func limitIdle() func(net.Conn, http.ConnState) {
 	var mu sync.Mutex
 	var line list.List // of net.Conn, the longest waiting in front
 	place := map[net.Conn]*list.Element{}
@@ -283,7 +282,6 @@ func limitIdle(served *atomic.Int64) func(net.Conn, http.ConnState) {
 		if e := place[c]; e != nil {
 			line.Remove(e)
 			delete(place, c)
-			served.Add(-1)
 		}
 	}
 	return func(c net.Conn, s http.ConnState) {
@@ -303,7 +301,6 @@ func limitIdle(served *atomic.Int64) func(net.Conn, http.ConnState) {
 				victim.Close()
 			}
 			place[c] = line.PushBack(c)
-			served.Add(1)
 		}
 	}
 }

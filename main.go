@@ -216,7 +216,7 @@ func newServer(h http.Handler, r *relay) *http.Server {
 		WriteTimeout:      30 * time.Second,
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    maxHeadBytes - 4<<10,
-		ConnState:         limitIdle(&r.requests),
+		ConnState:         limitIdle(),
 		ErrorLog:          slog.NewLogLogger(r.log.Handler(), slog.LevelDebug),
 	}
 }

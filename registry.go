@@ -63,7 +63,7 @@ const askAhead = 8
 // claim makes b the binary of id. While another one is registered b contends
 // for the id: the holder is challenged, and so are the contenders before b, side
 // by side. It is refused once the holder answers (answered), and takes its place
-// when the holder stays silent for challengeTimeout (overdue) or ends (release).
+// when the holder stays silent for challengeTimeout (overdue) or ends (unregisterBinary).
 //
 // A contender is a connection like any other: its own end takes it out of the
 // line. Nothing that it sends has to be kept, since all phones that it could
@@ -232,9 +232,9 @@ func (g *registry) install(w *writeBatch, srv *server, b *session) {
 	wake(woken...)
 }
 
-// release ends b's claim, if it is still b's: the first contender takes it, or
+// unregisterBinary ends b's claim, if it is still b's: the first contender takes it, or
 // grace begins. The relay's own probe has none. A contender leaves the line.
-func (g *registry) release(w *writeBatch, b *session) {
+func (g *registry) unregisterBinary(w *writeBatch, b *session) {
 	srv := b.server
 	srv.mu.Lock()
 	if srv.binary != b {
@@ -360,10 +360,10 @@ func (g *registry) absent(id string) (closeReason, string) {
 	return endNeverSeen, fmt.Sprintf("%s since this relay started %v ago", endNeverSeen, ago(0))
 }
 
-// leave takes a phone whose end is decided out of its server. Its binary gets
+// unregisterPhone takes a phone whose end is decided out of its server. Its binary gets
 // the close notice, behind the phone's last frame, unless the phone was removed
 // before: by the binary itself, by one that reclaimed, or at the end of grace.
-func (g *registry) leave(w *writeBatch, ph *session, code uint16) {
+func (g *registry) unregisterPhone(w *writeBatch, ph *session, code uint16) {
 	srv := ph.server
 	srv.mu.Lock()
 	if srv.phones[ph.id] != ph {

@@ -57,7 +57,6 @@ type relay struct {
 	drops    logGate
 	ignored  untrusted
 	draining atomic.Bool   // nothing new is let in
-	requests atomic.Int64  // connections that net/http serves
 	peak     atomic.Int64  // what peers held at most since memory was given back; written by the sweep
 	quit     chan struct{} // ends the sweep
 	swept    chan struct{} // the sweep has ended
@@ -653,9 +652,9 @@ func (s *session) unregister(w *writeBatch, _ closeReason, code uint16) {
 	switch {
 	case s.server == nil: // it was refused, or ended before its claim
 	case s.role == roleBinary:
-		w.relay.registry.release(w, s)
+		w.relay.registry.unregisterBinary(w, s)
 	default:
-		w.relay.registry.leave(w, s, code)
+		w.relay.registry.unregisterPhone(w, s, code)
 	}
 }
 
@@ -718,10 +717,9 @@ const (
 	// sessions.
 	trimFrom = 1 << 20
 
-	// What held counts for a session, with what it took to come and go, for a
-	// connection that net/http serves, and for a server-id in grace.
+	// What held counts for a session, with what it took to come and go, and for a
+	// server-id in grace.
 	sessionCost = 4 << 10
-	requestCost = 16 << 10
 	graceCost   = 512
 	// dailyBuffers is what buffers may come to and fall from without being a
 	// wave: a few fast streams.
@@ -801,8 +799,8 @@ func (r *relay) halved(held int64) bool {
 
 // held is how many bytes peers hold, roughly.
 func (r *relay) held() int64 {
-	return int64(r.count(roleBinary)+r.count(rolePhone))*sessionCost + r.requests.Load()*requestCost +
-		r.metrics.binariesInGrace.Load()*graceCost + max(0, r.buffers.budget.used()-dailyBuffers)
+	return int64(r.count(roleBinary)+r.count(rolePhone))*sessionCost + r.metrics.binariesInGrace.Load()*graceCost +
+		max(0, r.buffers.budget.used()-dailyBuffers)
 }
 
 // ---- drain ----

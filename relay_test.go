@@ -853,7 +853,7 @@ func TestSweepHalved(t *testing.T) {
 	}
 }
 
-// What a wave is measured by: sessions, what net/http serves, and buffers.
+// What a wave is measured by: sessions, graces and buffers.
 func TestSweepHeld(t *testing.T) {
 	t.Parallel()
 	o := testOptions()
@@ -872,10 +872,6 @@ func TestSweepHeld(t *testing.T) {
 			r.metrics.binariesInGrace.Add(1)
 			return func() { r.metrics.binariesInGrace.Add(-1) }
 		}, graceCost},
-		{"a request", func() func() {
-			r.requests.Add(1)
-			return func() { r.requests.Add(-1) }
-		}, requestCost},
 		{"a stream's buffers", func() func() {
 			r.buffers.budget.take(dailyBuffers, priorityPassing)
 			return func() { r.buffers.budget.give(dailyBuffers) }
@@ -905,7 +901,7 @@ func TestSweepGivesMemoryBack(t *testing.T) {
 		for range size >> 16 {
 			trimBallast = append(trimBallast, make([]byte, 1<<16))
 		}
-		r.requests.Add(trimFrom / requestCost)
+		r.buffers.budget.take(dailyBuffers+trimFrom, priorityPassing)
 		time.Sleep(2 * mostLate)
 		synctest.Wait()
 		var full, trimmed runtime.MemStats
@@ -913,7 +909,7 @@ func TestSweepGivesMemoryBack(t *testing.T) {
 		trimBallast = nil
 		pool.Put(kept)
 		kept = nil
-		r.requests.Store(0)
+		r.buffers.budget.give(dailyBuffers + trimFrom)
 		time.Sleep(2 * mostLate)
 		synctest.Wait()
 		runtime.ReadMemStats(&trimmed)
