@@ -8,7 +8,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
-	"net/netip"
 	"runtime"
 	"slices"
 	"strings"
@@ -1432,11 +1431,6 @@ func TestBackPressureIsFair(t *testing.T) {
 	if n := len(b.waiters); n != flooders {
 		t.Errorf("%d phones wait, want %d", n, flooders)
 	}
-	for _, ph := range phones {
-		if n := ph.rxFrames; n != 0 { // message was called by hand
-			t.Errorf("%d frames were read", n)
-		}
-	}
 }
 
 // A phone whose turn it is, and that sends nothing or ends, keeps nobody waiting.
@@ -1668,84 +1662,57 @@ func feedSlowPhones(t *testing.T, r *testRelay, b *wsClient, server string, stop
 // Ends that cross each other: two things that happen to a connection, or to a
 // server-id, at once.
 
-// idlePeer notes how its connection ended.
-type idlePeer struct{ reason closeReason }
-
-func (p *idlePeer) message(*writeBatch, byte, []byte)                 {}
-func (p *idlePeer) unregister(_ *writeBatch, r closeReason, _ uint16) { p.reason = r }
-func (p *idlePeer) answered(*writeBatch)                              {}
-func (p *idlePeer) overdue(*writeBatch)                               {}
-func (p *idlePeer) closed(*writeBatch)                                {}
-
-// bareConn is a connection of which a test is the reader and the poller.
-func bareConn(t *testing.T, o options) (*conn, *memSocket, *idlePeer) {
-	c, s, p := &conn{}, &memSocket{}, &idlePeer{reason: endNone}
-	c.init(startRelay(t, o).relay, p, rolePhone, netip.Addr{})
-	c.sock = s
-	return c, s, p
-}
-
 func TestConnPauseAfterEnd(t *testing.T) {
 	t.Parallel()
-	c, _, p := bareConn(t, testOptions())
-	b := c.relay.newBatch()
+	_, _, ph, _, w := memPair(t, startRelay(t, testOptions()).relay)
 	// Grace runs out, say, while the reader is about to pause.
-	c.startClose(b, endGraceExpired)
-	c.pause(nil)
-	b.flush()
-	if p.reason != endGraceExpired {
-		t.Errorf("ended with %q, want %q", p.reason, endGraceExpired)
+	ph.startClose(w, endGraceExpired)
+	ph.pause(nil)
+	w.flush()
+	if ph.endReason != endGraceExpired {
+		t.Errorf("ended with %q, want %q", ph.endReason, endGraceExpired)
 	}
-	if c.paused.Load() {
-		t.Error("the reader pauses on a connection that has ended, and nobody will resume it")
+	if ph.paused.Load() {
+		t.Error("the reader pauses on a connection that has ended, and nothing will resume it")
 	}
 }
 
 func TestConnFailFindsPausedReader(t *testing.T) {
 	t.Parallel()
-	c, s, _ := bareConn(t, testOptions())
-	c.pause(nil)
-	c.fail()
+	_, _, ph, s, _ := memPair(t, startRelay(t, testOptions()).relay)
+	ph.pause(nil)
+	ph.fail()
 	if s.aborts != 1 || s.resumes != 1 {
 		t.Errorf("aborted %d times and resumed %d times, want once each", s.aborts, s.resumes)
 	}
 }
 
 // A challenge just before a heartbeat is due leaves the incumbent as long to
-// answer as any ping does.
+// answer as any ping does, and none follows a close frame (RFC 6455 §5.5.1).
 func TestConnChallengeBeforeHeartbeat(t *testing.T) {
 	t.Parallel()
-	c, _, p := bareConn(t, testOptions())
-	b := c.relay.newBatch()
-	b.now = c.pingAt - 1
-	c.mu.Lock()
-	c.ping(b)
-	c.mu.Unlock()
-	b.flush()
-	b.now++
-	c.checkTimeouts(b)
-	if p.reason != endNone {
-		t.Errorf("ended with %q one nanosecond after a ping", p.reason)
+	b, _, _, _, w := memPair(t, startRelay(t, testOptions()).relay)
+	ping := func() {
+		b.mu.Lock()
+		b.ping(w)
+		b.mu.Unlock()
 	}
-	b.now += int64(c.relay.o.ping)
-	c.checkTimeouts(b)
-	b.flush()
-	if p.reason != endHeartbeat {
-		t.Errorf("a whole interval after the ping: ended with %q, want %q", p.reason, endHeartbeat)
+	w.now = b.pingAt - 1
+	ping()
+	w.flush()
+	w.now++
+	b.checkTimeouts(w)
+	if !b.is(connOpen) {
+		t.Errorf("ended with %q one nanosecond after a ping", b.endReason)
 	}
-}
-
-// Nothing may follow a close frame (RFC 6455 §5.5.1), not even a challenge.
-func TestConnChallengeAfterEnd(t *testing.T) {
-	t.Parallel()
-	c, _, _ := bareConn(t, testOptions())
-	b := c.relay.newBatch()
-	c.startClose(b, endHeartbeat)
-	b.flush()
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.ping(b); c.out.n != 0 {
-		t.Errorf("%d bytes are queued behind the close frame", c.out.n)
+	w.now += int64(b.relay.o.ping)
+	b.checkTimeouts(w)
+	w.flush()
+	if b.endReason != endHeartbeat {
+		t.Errorf("a whole interval after the ping: ended with %q, want %q", b.endReason, endHeartbeat)
+	}
+	if ping(); b.out.n != 0 {
+		t.Errorf("%d bytes are queued behind the close frame", b.out.n)
 	}
 }
 
