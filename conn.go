@@ -476,12 +476,15 @@ func (c *conn) makeRoom(front []byte, n int) bool {
 // handleFrame takes a whole frame whose header was admitted.
 func (c *conn) handleFrame(w *writeBatch, h frameHeader, p []byte) {
 	unmask(p, h.key)
+	if h.control() && c.fragments == nil {
+		c.messageStart.Store(0) // what may follow begins now
+	}
 	switch {
-	case h.control():
-		c.handleControl(w, h.op, p)
-		if c.fragments == nil {
-			c.messageStart.Store(0) // what may follow begins now
-		}
+	case h.op == opPing:
+		c.sendPong(w, p)
+	case h.op == opClose:
+		c.handleClose(w, p)
+	case h.op == opPong: // markAlive counts it as any bytes
 	case !c.is(connOpen):
 		// After a close frame of ours nothing of the peer counts but its answer.
 		c.freeFragments()
@@ -500,16 +503,12 @@ func (c *conn) handleFrame(w *writeBatch, h frameHeader, p []byte) {
 	}
 }
 
-func (c *conn) handleControl(w *writeBatch, op byte, p []byte) {
-	switch op {
-	case opPing:
-		c.sendPong(w, p)
-	case opClose:
-		if code, violation := parseClose(p); violation != endNone {
-			c.violation(w, violation)
-		} else {
-			c.ignoreRest(w, endPeerClosed, code, "") // answered by its own code, if it is no answer itself
-		}
+// handleClose answers a close frame with its own code, unless it is an answer itself.
+func (c *conn) handleClose(w *writeBatch, p []byte) {
+	if code, violation := parseClose(p); violation != endNone {
+		c.violation(w, violation)
+	} else {
+		c.ignoreRest(w, endPeerClosed, code, "")
 	}
 }
 
@@ -648,10 +647,9 @@ func (c *conn) notice(w *writeBatch, connID string, code uint16) {
 	if !c.is(connOpen) {
 		return
 	}
-	var b [maxSendHeader + 128]byte
-	n := appendCloseNotice(b[maxSendHeader:maxSendHeader], connID, code)
-	var h [maxSendHeader]byte
-	c.enqueue(priorityAlways, appendFrameHeader(h[:0], opText, len(n)), n, nil)
+	var b [128]byte
+	n := appendCloseNotice(b[:0], connID, code)
+	c.enqueue(priorityAlways, appendFrameHeader(w.front[:0], opText, len(n)), n, nil)
 	c.txFrames++
 	c.txBytes += uint64(len(n))
 	w.addLocked(c)
