@@ -110,20 +110,20 @@ type conn struct {
 	fragments   *buffer // of the message under way
 	messageOp   byte    // of their first
 	ignoreInput bool    // a rule is broken or the peer has closed: nothing in the stream counts any more
-	behind      *conn   // the binary for which it is paused, if any
 	rxFrames    uint32
 	rxBytes     uint64
+	behind      *conn // the binary for which it is paused, if any
 
 	// Guarded by mu.
 	mu            sync.Mutex
 	out           queue
 	pong          []byte // the answer to the latest ping while the socket takes nothing, nil for none
-	txFrames      uint32
 	txBytes       uint64 // payload
 	queued        uint64 // bytes ever queued
 	blockedSince  int64  // relay clock since the socket takes nothing, 0 while it does
 	closeDeadline int64  // relay clock at which the state's patience ends, 0 for none
 	pingAt        int64  // relay clock of the next ping
+	txFrames      uint32
 	pingMark      uint32 // reads at the last ping
 	pinged        bool   // a ping is out
 	dirty         bool   // in a batch that will flush
