@@ -150,22 +150,16 @@ func runProbe(ctx context.Context, args []string, stdout, stderr io.Writer) int 
 
 // parseProbe takes flags before and behind the URL.
 func parseProbe(fs *flag.FlagSet, args []string) (target string, err error) {
-	if err = fs.Parse(args); err != nil {
-		return "", err
-	}
-	target = fs.Arg(0)
-	if fs.NArg() > 1 {
-		if err = fs.Parse(fs.Args()[1:]); err != nil {
-			return "", err
-		}
-		if fs.NArg() > 0 {
+	for err = fs.Parse(args); err == nil && fs.NArg() > 0; err = fs.Parse(fs.Args()[1:]) {
+		if target != "" {
 			return "", fmt.Errorf("probe takes one URL, and %q is one more", fs.Arg(0))
 		}
+		target = fs.Arg(0)
 	}
-	if target == "" {
-		return "", errors.New("probe wants the URL of a relay, such as wss://relay.example.com")
+	if err == nil && target == "" {
+		err = errors.New("probe wants the URL of a relay, such as wss://relay.example.com")
 	}
-	return target, nil
+	return target, err
 }
 
 // parseProbeURL forgives what people paste.
@@ -240,7 +234,7 @@ func (p *probe) steps(ctx context.Context) {
 func (p *probe) open(ctx context.Context, role role, serverID string) (*wsPeer, *dialTrace, error) {
 	for {
 		peer, t, err := p.dialer.dial(ctx, role, serverID, "")
-		if t.answer == nil || t.answer.code != http.StatusTooManyRequests {
+		if t.answer.code != http.StatusTooManyRequests {
 			return peer, t, err
 		}
 		s, _ := strconv.Atoi(t.answer.header.Get("Retry-After"))
@@ -284,7 +278,7 @@ func (p *probe) path(t *dialTrace, err error) {
 	}
 	// The 101 proves that the headers of the request have arrived.
 	header := strings.ToLower(instanceHeader)
-	if _, ok := t.answer.identity(); ok {
+	if t.answer.named {
 		p.pass("headers", "x-pyrycode-server, x-pyrycode-version and user-agent arrive, "+header+" comes back")
 		return
 	}
@@ -306,13 +300,13 @@ func (p *probe) certificate(state *tls.ConnectionState, took string) {
 
 // meet counts who answered, if anybody did.
 func (p *probe) meet(t *dialTrace) {
-	who, ok := t.answer.identity()
-	if !ok {
-		if t.answer != nil {
+	if !t.answer.named {
+		if t.answer.code != 0 {
 			p.silent++
 		}
 		return
 	}
+	who := t.answer.who
 	i := slices.IndexFunc(p.report.Instances, func(m probeInstance) bool { return m.ID == who.id })
 	if i < 0 {
 		i = len(p.report.Instances)
@@ -321,14 +315,13 @@ func (p *probe) meet(t *dialTrace) {
 	m := &p.report.Instances[i]
 	m.Connections++
 	m.since = who.started
-	if s, ok := t.answer.standing(); ok {
-		m.since = t.answer.asked.Add(-s.age) // whatever the clocks of both say
+	if t.answer.told {
+		m.since = t.answer.asked.Add(-t.answer.what.age) // whatever the clocks of both say
 	}
 }
 
 // joins opens the phones, one after the other. The first that gets in stays.
 func (p *probe) joins(ctx context.Context, h *household, claim *dialTrace) (kept *wsPeer) {
-	home, _ := claim.answer.identity()
 	var lost error
 	var broken diagnosis
 	joined, astray, failed := 0, 0, 0
@@ -336,11 +329,10 @@ func (p *probe) joins(ctx context.Context, h *household, claim *dialTrace) (kept
 		p.tick(fmt.Sprintf("connection %d of %d", i+2, p.n))
 		phone, t, err := h.join(ctx)
 		p.meet(t)
-		who, known := t.answer.identity()
 		switch {
 		case err == nil:
 			joined++
-		case h.astray(err), known && who.id != home.id:
+		case h.astray(err), t.answer.named && t.answer.who.id != claim.answer.who.id:
 			astray++
 			lost = err
 		default:
@@ -442,6 +434,9 @@ func (p *probe) quiet(ctx context.Context, claim, phone *wsPeer) {
 		}
 		p.fail("idle", diagnosis{fmt.Sprintf("the %s connection was cut after %s of silence: %v", leg, brief(time.Since(began)), err), remedy})
 	}
+	answered := make(chan struct{}, 1)
+	phone.serve(func([]byte) { answered <- struct{}{} })
+	var late <-chan time.Time
 	over := time.After(p.idle)
 	for every := time.Tick(time.Second); ; {
 		select {
@@ -451,18 +446,20 @@ func (p *probe) quiet(ctx context.Context, claim, phone *wsPeer) {
 		case <-phone.over:
 			cut("phone's", phone.end)
 			return
+		case <-late:
+			cut("phone's", fmt.Errorf("a frame did not come back within %v", stepTime))
+			return
+		case <-answered:
+			p.pass("idle", fmt.Sprintf("the path survived %s of silence", brief(time.Since(began))))
+			return
 		case <-ctx.Done():
 			p.add(probeStep{"idle", stepSkipped, "interrupted", ""})
 			return
 		case <-every:
 			p.tick(fmt.Sprintf("silent for %v of %v", time.Since(began).Round(time.Second), p.idle))
 		case <-over:
-			if err := phone.roundTrip([]byte("1")); err != nil {
-				cut("phone's", err)
-				return
-			}
-			p.pass("idle", fmt.Sprintf("the path survived %s of silence", brief(time.Since(began))))
-			return
+			late = time.After(stepTime)
+			phone.write(opText, []byte("1")) // if that fails, the session is over
 		}
 	}
 }
@@ -559,12 +556,15 @@ func (h *household) hold(ctx context.Context) (*dialTrace, error) {
 	if err != nil {
 		return t, err
 	}
-	if _, err = peer.exchange(opPing, nil, peer.pongs, "no answer to a ping"); err != nil {
+	if _, err = peer.ask(opPing, nil, opPong); err != nil {
 		peer.close()
+		if errors.Is(err, os.ErrDeadlineExceeded) {
+			err = fmt.Errorf("no answer to a ping within %v", stepTime)
+		}
 		return t, err
 	}
 	h.claim = peer
-	peer.wg.Go(peer.echo)
+	peer.serve(peer.echo)
 	return t, nil
 }
 
@@ -582,7 +582,15 @@ func (h *household) join(ctx context.Context) (phone *wsPeer, t *dialTrace, err 
 // that a second relay behind one name causes.
 func (h *household) astray(err error) bool {
 	end, ok := errors.AsType[*endError](err)
-	return ok && end.code == int(endNeverSeen.code()) && h.claim != nil && h.claim.alive()
+	if !ok || end.code != int(endNeverSeen.code()) || h.claim == nil {
+		return false
+	}
+	select {
+	case <-h.claim.over:
+		return false
+	default:
+		return true
+	}
 }
 
 func (h *household) close() {
@@ -613,45 +621,37 @@ type dialTrace struct {
 	addrs  []netip.Addr
 	remote net.Addr
 	tls    *tls.ConnectionState // nil without TLS
-	answer *answer              // nil where no HTTP answer came
-	nonce  bool                 // the relay that got the request is the one that issued its nonce
+	answer answer
+	nonce  bool // the relay that got the request is the one that issued its nonce
 }
 
 // answer is the HTTP answer to the request for an upgrade.
 type answer struct {
 	asked  time.Time // when the request went out: the answer is from then or later
 	status string    // the status line
-	code   int
+	code   int       // 0: none came
 	header http.Header
 	text   string // the first line of a refusal
+
+	who   identity // the relay that gave the answer
+	named bool     // it says who it is
+	what  standing // of that relay
+	told  bool     // it says that, which older ones do not
 }
 
-// identity is the relay that gave the answer, if one did that says so.
-func (a *answer) identity() (identity, bool) {
-	if a == nil {
-		return identity{}, false
-	}
-	id, err := parseIdentity(a.header.Get(instanceHeader))
-	return id, err == nil
-}
-
-// standing is what that relay says of its standing, which older ones do not.
-func (a *answer) standing() (standing, bool) {
-	s, err := parseStanding(a.header.Get(standingHeader))
-	return s, err == nil
-}
-
-// readAnswer reads the head of an answer, and the first line of a refusal.
-func readAnswer(r io.Reader, asked time.Time) (*answer, error) {
+func readAnswer(r io.Reader, asked time.Time) (a answer, err error) {
 	resp, err := http.ReadResponse(bufio.NewReader(r), nil)
 	if err != nil {
-		return nil, err
+		return a, err
 	}
-	a := &answer{asked: asked, status: resp.Proto + " " + resp.Status, code: resp.StatusCode, header: resp.Header}
+	a = answer{asked: asked, status: resp.Proto + " " + resp.Status, code: resp.StatusCode, header: resp.Header}
 	if a.code != http.StatusSwitchingProtocols {
 		b, _ := io.ReadAll(io.LimitReader(resp.Body, maxRefusal)) // whatever came
 		a.text, _, _ = strings.Cut(strings.TrimSpace(string(b)), "\n")
 	}
+	who, notNamed := parseIdentity(a.header.Get(instanceHeader))
+	what, notTold := parseStanding(a.header.Get(standingHeader))
+	a.who, a.named, a.what, a.told = who, notNamed == nil, what, notTold == nil
 	return a, nil
 }
 
@@ -668,7 +668,7 @@ type dialer struct {
 // nonce, if any, is one of the relay's own. The trace is there in any case.
 func (d *dialer) dial(ctx context.Context, role role, serverID, nonce string) (*wsPeer, *dialTrace, error) {
 	t := new(dialTrace)
-	c := &wsPeer{messages: make(chan []byte, 16), pongs: make(chan []byte, 1), over: make(chan struct{})}
+	c := new(wsPeer)
 	steps := [...]func(context.Context) error{
 		stepDNS: func(ctx context.Context) (err error) { t.addrs, err = d.resolve(ctx); return err },
 		stepTCP: func(context.Context) (err error) { c.nc, err = d.connect(ctx, t.addrs); return err }, // each address has a time
@@ -699,7 +699,6 @@ func (d *dialer) dial(ctx context.Context, role role, serverID, nonce string) (*
 		}
 		t.step++
 	}
-	c.wg.Go(c.read)
 	return c, t, nil
 }
 
@@ -774,14 +773,10 @@ type wsPeer struct {
 	nc      net.Conn
 	ws      *websocket.Conn
 	unwatch func() bool // of the context of the dial
+	mu      sync.Mutex  // writing: x/net has no lock for frames
 
-	messages chan []byte   // closed at the end
-	pongs    chan []byte   // closed at the end; one is remembered
-	over     chan struct{} // closed at the end
-	end      *endError     // set before
-	wg       sync.WaitGroup
-
-	mu sync.Mutex // writing: x/net has no lock for frames
+	end  *endError     // owned by the goroutine that receives
+	over chan struct{} // of a session that serves: closed behind the end
 }
 
 // endError is how a session ended: with a close frame, or 1006 and err.
@@ -805,7 +800,7 @@ func (e *endError) Unwrap() error { return e.err }
 
 // upgrade makes the opening handshake. x/net keeps the answer to itself and reads
 // a head without end to its end, so that the head is recorded on its way, and bounded.
-func (c *wsPeer) upgrade(config *websocket.Config) (*answer, error) {
+func (c *wsPeer) upgrade(config *websocket.Config) (answer, error) {
 	var head bytes.Buffer
 	through := &struct {
 		io.Reader
@@ -820,7 +815,7 @@ func (c *wsPeer) upgrade(config *websocket.Config) (*answer, error) {
 		return readAnswer(&head, asked)
 	}
 	if head.Len() >= maxHead {
-		return nil, fmt.Errorf("the answer's head has more than %d bytes", maxHead)
+		return answer{}, fmt.Errorf("the answer's head has more than %d bytes", maxHead)
 	}
 	// x/net has stopped reading at the head; the text of a refusal may be to come.
 	c.nc.SetReadDeadline(time.Now().Add(byeTime))
@@ -828,12 +823,10 @@ func (c *wsPeer) upgrade(config *websocket.Config) (*answer, error) {
 	return a, err
 }
 
-// read takes frames until the session ends. Pings and a close are answered.
-func (c *wsPeer) read() {
-	defer close(c.over)
-	defer close(c.messages)
-	defer close(c.pongs)
-	for {
+// receive returns the next frame of a kind. It answers pings, and the close frame
+// that is the end.
+func (c *wsPeer) receive(kind byte) ([]byte, error) {
+	for c.end == nil {
 		op, p, err := c.frame()
 		if err == nil && op == opPing {
 			err = c.write(opPong, p)
@@ -841,23 +834,17 @@ func (c *wsPeer) read() {
 		switch {
 		case err != nil:
 			c.end = &endError{code: 1006, err: err}
-			return
+		case op == kind:
+			return p, nil
 		case op == opClose:
 			c.end = &endError{code: noCloseCode}
 			if len(p) >= 2 {
 				c.end.code, c.end.reason = int(binary.BigEndian.Uint16(p)), string(p[2:])
 			}
 			c.write(opClose, p) // the answer; the relay may be gone
-			return
-		case op == opPong:
-			select {
-			case c.pongs <- p:
-			default:
-			}
-		case op == opText:
-			c.messages <- p // close takes what nobody waits for
 		}
 	}
+	return nil, c.end
 }
 
 // frame reads one frame as relays send them: whole and unmasked.
@@ -892,76 +879,77 @@ func (c *wsPeer) write(op byte, p []byte) error {
 	return err
 }
 
-// exchange sends a frame and waits for what comes back. It prefers the close frame,
+// ask sends a frame and waits for one that comes back. It prefers the close frame,
 // which tells why, to the error of a write after it.
-func (c *wsPeer) exchange(op byte, p []byte, back <-chan []byte, silence string) ([]byte, error) {
-	if err := c.write(op, p); err != nil {
-		select {
-		case <-c.over:
-			return nil, c.end
-		case <-time.After(byeTime):
-			return nil, err
-		}
+func (c *wsPeer) ask(op byte, p []byte, back byte) ([]byte, error) {
+	writeErr := c.write(op, p)
+	c.nc.SetReadDeadline(time.Now().Add(stepTime))
+	if writeErr != nil {
+		c.nc.SetReadDeadline(time.Now().Add(byeTime))
 	}
-	select {
-	case p, ok := <-back:
-		if !ok {
-			<-c.over
-			return nil, c.end
-		}
-		return p, nil
-	case <-time.After(stepTime):
-		return nil, fmt.Errorf("%s within %v", silence, stepTime)
+	p, err := c.receive(back)
+	c.nc.SetReadDeadline(time.Time{})
+	if writeErr != nil && errors.Is(err, os.ErrDeadlineExceeded) {
+		err = writeErr
 	}
+	return p, err
 }
 
 // roundTrip sends a frame, which the claim sends back in brackets.
 func (c *wsPeer) roundTrip(frame []byte) error {
-	p, err := c.exchange(opText, frame, c.messages, fmt.Sprintf("a frame of %d bytes did not come back", len(frame)))
-	if err == nil && (len(p) != len(frame)+2 || !bytes.Equal(p[1:len(p)-1], frame)) {
-		err = fmt.Errorf("%d bytes went out, %d others came back", len(frame), len(p))
+	p, err := c.ask(opText, frame, opText)
+	switch {
+	case errors.Is(err, os.ErrDeadlineExceeded):
+		return fmt.Errorf("a frame of %d bytes did not come back within %v", len(frame), stepTime)
+	case err == nil && (len(p) != len(frame)+2 || !bytes.Equal(p[1:len(p)-1], frame)):
+		return fmt.Errorf("%d bytes went out, %d others came back", len(frame), len(p))
 	}
 	return err
 }
 
-// echo makes a binary's session send every frame back to the phone it is from,
-// until the session ends. The brackets tell it from a server that echoes itself.
-func (c *wsPeer) echo() {
-	for m := range c.messages {
-		var e struct {
-			ConnID string          `json:"conn_id"`
-			Frame  json.RawMessage `json:"frame,omitempty"`
+// serve hands every message to f, in a goroutine that close waits for.
+func (c *wsPeer) serve(f func(message []byte)) {
+	c.over = make(chan struct{})
+	go func() {
+		defer close(c.over)
+		for {
+			m, err := c.receive(opText)
+			if err != nil {
+				return
+			}
+			f(m)
 		}
-		if json.Unmarshal(m, &e) != nil || e.Frame == nil {
-			continue // a close notice
-		}
-		e.Frame = slices.Concat([]byte("["), e.Frame, []byte("]"))
-		if m, err := json.Marshal(e); err != nil || c.write(opText, m) != nil {
-			return
-		}
-	}
+	}()
 }
 
-func (c *wsPeer) alive() bool {
-	select {
-	case <-c.over:
-		return false
-	default:
-		return true
+// echo sends what a phone has sent back to it. The brackets tell it from a server
+// that echoes itself.
+func (c *wsPeer) echo(message []byte) {
+	var e struct {
+		ConnID string          `json:"conn_id"`
+		Frame  json.RawMessage `json:"frame,omitempty"`
 	}
+	if json.Unmarshal(message, &e) != nil || e.Frame == nil {
+		return // a close notice
+	}
+	e.Frame = slices.Concat([]byte("["), e.Frame, []byte("]"))
+	back, _ := json.Marshal(e) // of what has just been parsed
+	c.write(opText, back)      // if that fails, the session is over
 }
 
-// close ends the session with a close handshake, and waits for its goroutines.
+// close ends the session with a close handshake.
 func (c *wsPeer) close() {
-	if c.alive() {
-		c.write(opClose, binary.BigEndian.AppendUint16(nil, 1000)) // nothing is left to do if that fails
-		c.nc.SetReadDeadline(time.Now().Add(byeTime))
-		for range c.messages {
+	c.write(opClose, binary.BigEndian.AppendUint16(nil, 1000)) // nothing is left to do if that fails
+	c.nc.SetReadDeadline(time.Now().Add(byeTime))
+	if c.over != nil {
+		<-c.over
+	} else {
+		for c.end == nil {
+			c.receive(opText)
 		}
 	}
 	c.unwatch()
 	c.nc.Close()
-	c.wg.Wait()
 }
 
 // ---- what a failure means, in the words of those who have to repair it ----
@@ -980,7 +968,7 @@ func diagnose(base *url.URL, t *dialTrace, err error) (d diagnosis) {
 		d = diagnoseTLS(base, err)
 	case t.step == stepSession:
 		d = diagnoseEnd(err)
-	case t.answer != nil:
+	case t.answer.code != 0:
 		d = diagnoseAnswer(base, t.answer, err)
 	default:
 		d = diagnosis{"no HTTP answer: " + err.Error(), "check that the port is the one of the proxy, and that the proxy's backend is the relay"}
@@ -1062,12 +1050,12 @@ var refusalRemedies = map[int]string{
 }
 
 // diagnoseAnswer tells what an answer other than a good 101 means.
-func diagnoseAnswer(base *url.URL, a *answer, err error) diagnosis {
+func diagnoseAnswer(base *url.URL, a answer, err error) diagnosis {
 	if a.code == http.StatusSwitchingProtocols {
 		return diagnosis{fmt.Sprintf("%s is no good upgrade: %v", quote(a.status), err),
 			"have the proxy leave the answer's Upgrade, Connection and Sec-WebSocket-Accept as the relay sent them"}
 	}
-	if _, relay := a.identity(); relay {
+	if a.named {
 		return diagnosis{fmt.Sprintf("the relay refuses with %s: %s", quote(a.status), quote(a.text)), cmp.Or(refusalRemedies[a.code], "wait, and try again")}
 	}
 	what := "something that is not a relay answers " + quote(a.status)

@@ -11,6 +11,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"hash/fnv"
 	"io"
@@ -402,7 +403,7 @@ func TestProbeFails(t *testing.T) {
 		return "ws://" + b.addr
 	}
 	quiet := func(farewell string) string {
-		return through(func(b *balancer) { b.idle, b.farewell = 300*time.Millisecond, farewell })
+		return through(func(b *balancer) { b.idle, b.farewell = time.Second, farewell })
 	}
 	secured := func(left time.Duration, name string) string {
 		return "wss://" + onLocalhost(startBalancer(t, ca.server(name, 900*time.Hour+left, left), always(relay.addr)).addr)
@@ -718,13 +719,12 @@ func TestProbePeerRefusesStrangeFrames(t *testing.T) {
 				t.Fatal(err)
 			}
 			defer c.close()
-			select {
-			case <-c.over:
-				if c.end.code != 1006 || c.end.err == nil {
-					t.Errorf("the session ended with %v", c.end)
-				}
-			case <-time.After(patience):
-				t.Error("the session goes on")
+			c.nc.SetReadDeadline(time.Now().Add(patience))
+			for c.end == nil {
+				c.receive(opText)
+			}
+			if c.end.code != 1006 || errors.Is(c.end, os.ErrDeadlineExceeded) {
+				t.Errorf("the session ended with %v", c.end)
 			}
 		})
 	}

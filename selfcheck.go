@@ -873,18 +873,16 @@ func (p *publicPath) open(ctx context.Context, role role, serverID string) (*wsP
 // reached tells which relay got a request.
 func (p *publicPath) reached(t *dialTrace, err error) outcome {
 	a := t.answer
-	who, named := a.identity()
-	here := named && who.id == p.me.id || !named && t.nonce // a proxy may take the header away
+	here := a.named && a.who.id == p.me.id || !a.named && t.nonce // a proxy may take the header away
 	switch {
-	case a == nil, here && (a.code == http.StatusBadRequest || a.code == http.StatusUpgradeRequired):
+	case a.code == 0, here && (a.code == http.StatusBadRequest || a.code == http.StatusUpgradeRequired):
 		// Peers get no further: something on the way takes their headers away.
 		return outcome{verdict: publicUnreachable, diagnosis: diagnose(p.dialer.base, t, err)}
 	case here:
 		return outcome{verdict: publicVerified}
-	case named:
-		o := rival{identity: who, asked: a.asked, mine: p.standing()}
+	case a.named:
+		o := rival{identity: a.who, asked: a.asked, told: a.told, theirs: a.what, mine: p.standing()}
 		o.mine.age -= time.Since(a.asked)
-		o.theirs, o.told = a.standing()
 		return outcome{verdict: publicSplit, who: o}
 	}
 	if t.step == stepSession {

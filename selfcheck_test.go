@@ -1033,10 +1033,9 @@ func TestStanding(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		a := &answer{header: resp.Header}
-		id, known := a.identity() // as older relays read it
-		s, told := a.standing()
-		if !known || !told {
+		id, notNamed := parseIdentity(resp.Header.Get(instanceHeader)) // as older relays read it
+		s, notTold := parseStanding(resp.Header.Get(standingHeader))
+		if notNamed != nil || notTold != nil {
 			t.Fatalf("%v", resp.Header)
 		}
 		return id, s
