@@ -27,12 +27,21 @@ import (
 // instance lock on this host, and the check of the public name across hosts. What
 // a second relay does: docs/architecture.md, Single-instance constraint.
 
-// instanceHeader is in every answer of the WebSocket endpoints: who gave it.
-const instanceHeader = "X-Pyrycode-Relay-Instance"
+const (
+	// instanceHeader is in every answer of the WebSocket endpoints: who gave it.
+	instanceHeader = "X-Pyrycode-Relay-Instance"
+	// standingHeader is beside it: what decides which of two relays stays. It is a
+	// header of its own, because older relays read the other to its end.
+	standingHeader = "X-Pyrycode-Relay-Standing"
+	// probeHeader carries the nonce by which the relay knows its own check when it
+	// comes back through the public URL.
+	probeHeader = "X-Pyrycode-Relay-Probe"
+	// probePrefix begins the server-ids of checks and probes, which are no users'.
+	probePrefix = "probe-"
+)
 
-// standingHeader is beside it: what decides which of two relays stays. It is a
-// header of its own, because older relays read the other to its end.
-const standingHeader = "X-Pyrycode-Relay-Standing"
+// lostPhone is what a second relay does.
+const lostPhone = "a phone that lands on the wrong one gets a silent 4404 although its binary is online"
 
 // identity tells one relay process from another. Neither part is a secret.
 type identity struct {
@@ -64,15 +73,6 @@ func parseIdentity(s string) (identity, error) {
 		return identity{}, fmt.Errorf("start time of instance %s: %q is no such time", id, at)
 	}
 	return identity{id, started}, nil
-}
-
-// olderThan is how older relays decide which of two instances stays, by clocks
-// that may be wrong: the one that started first; at equal times the smaller id.
-func (i identity) olderThan(other identity) bool {
-	if !i.started.Equal(other.started) {
-		return i.started.Before(other.started)
-	}
-	return i.id < other.id
 }
 
 // standing is what decides which of two relays stays.
@@ -128,9 +128,9 @@ const (
 	publicVerdictCount
 )
 
-var publicWords = [publicVerdictCount]string{"off", "pending", "verified", "split", "not-a-relay", "unreachable"}
-
-func (v publicVerdict) String() string { return publicWords[v] }
+func (v publicVerdict) String() string {
+	return [...]string{"off", "pending", "verified", "split", "not-a-relay", "unreachable"}[v]
+}
 
 // instanceState is what the checks have found so far, for /healthz, /metrics and
 // standingHeader.
@@ -141,13 +141,6 @@ type instanceState struct {
 }
 
 func (s *instanceState) verdict() publicVerdict { return publicVerdict(s.public.Load()) }
-
-// probeHeader carries the nonce by which the relay knows its own check when it
-// comes back through the public URL.
-const probeHeader = "X-Pyrycode-Relay-Probe"
-
-// probePrefix begins the server-ids of checks and probes, which are no users'.
-const probePrefix = "probe-"
 
 // probeKeys are the nonces under way. Each is random, known to this process only,
 // good for one upgrade to one server-id, and forgotten once that upgrade has been
@@ -190,8 +183,6 @@ const (
 	lockAttempts = 5
 	// maxLockAnswer is far more than a holder says.
 	maxLockAnswer = 4 << 10
-	// maxLockTalks bounds the connections to the holder that linger.
-	maxLockTalks = 4
 	// maxPID is the largest that any system gives: Linux stops at 1<<22.
 	maxPID = 1<<31 - 1
 )
@@ -234,13 +225,9 @@ func (h *lockInfo) credible(now time.Time) bool {
 
 // instanceLock is the lock while it is ours.
 type instanceLock struct {
-	ln    net.Listener
-	talks chan struct{}  // a place for each connection that lingers
-	wg    sync.WaitGroup // the accept loop
-
-	mu    sync.Mutex // guards what follows
-	info  lockInfo
-	relay *relay // nil until there is one to be counted
+	ln   net.Listener
+	wg   sync.WaitGroup // the accept loop
+	info atomic.Pointer[func() lockInfo]
 }
 
 // heldError says who holds the lock in our place.
@@ -256,8 +243,8 @@ func (e *heldError) Error() string {
 	case e.perhaps != "":
 		_, port, _ := net.SplitHostPort(e.addr)
 		return fmt.Sprintf("%s, the -instance-lock, is held by something that may be %s (%s): find its pid, as root, with: %s; "+
-			"then let it go on (kill -CONT, or unpause the container) or end it: a second relay has a registry of its own, "+
-			"and a phone that lands on the wrong one gets a silent 4404 although its binary is online", e.addr, e.perhaps, e.heard, listenerCommand(port))
+			"then let it go on (kill -CONT, or unpause the container) or end it: a second relay has a registry of its own, and "+lostPhone,
+			e.addr, e.perhaps, e.heard, listenerCommand(port))
 	case e.holder == nil:
 		return fmt.Sprintf("%s, the -instance-lock, is held by something that does not answer as a relay does (%s): "+
 			"stop it, or choose another loopback port with -instance-lock, the same for every relay on this host", e.addr, e.heard)
@@ -267,8 +254,8 @@ func (e *heldError) Error() string {
 	if h.Draining {
 		state = ", shutting down just now"
 	}
-	return fmt.Sprintf("multi-instance deploy detected: %s %q already runs on this host (pid %d, listening on %q, up %v, binaries connected: %d%s) and holds %s; "+
-		"a second relay has a registry of its own, and a phone that lands on the wrong one gets a silent 4404 although its binary is online: "+
+	return fmt.Sprintf("multi-instance deploy detected: %s %q already runs on this host (pid %d, listening on %q, up %v, binaries connected: %d%s) "+
+		"and holds %s; a second relay has a registry of its own, and "+lostPhone+": "+
 		"stop the first (kill %[3]d), or, for an emergency or a migration only, set %[9]s=1",
 		programName, h.Version, h.PID, h.Listen, h.up(time.Now()).Round(time.Second), h.Servers, state, e.addr, bypassName)
 }
@@ -284,11 +271,11 @@ func listenerCommand(port string) string {
 // lockInstance binds addr and answers there with info until Close. A *heldError
 // tells who was first.
 func lockInstance(addr string, info lockInfo) (*instanceLock, error) {
-	var err error
-	for range lockAttempts {
-		var ln net.Listener
-		if ln, err = net.Listen("tcp", addr); err == nil {
-			l := &instanceLock{ln: ln, info: info, talks: make(chan struct{}, maxLockTalks)}
+	for tries := 1; ; tries++ {
+		ln, err := net.Listen("tcp", addr)
+		if err == nil {
+			l := &instanceLock{ln: ln}
+			l.describe(func() lockInfo { return info })
 			l.wg.Go(l.serve)
 			return l, nil
 		}
@@ -296,12 +283,11 @@ func lockInstance(addr string, info lockInfo) (*instanceLock, error) {
 			return nil, fmt.Errorf("binding %s, the -instance-lock, which proves that this is the only relay on this host: %w", addr, err)
 		}
 		held, gone := askHolder(addr)
-		if err = held; !gone {
-			break
+		if !gone || tries == lockAttempts {
+			return nil, held
 		}
 		time.Sleep(50 * time.Millisecond)
 	}
-	return nil, err
 }
 
 // askHolder asks whoever holds addr who it is. gone: it has let go, as it seems.
@@ -339,15 +325,23 @@ func askHolder(addr string) (held *heldError, gone bool) {
 	return held, false
 }
 
+// describe has the lock answer with what info returns.
+func (l *instanceLock) describe(info func() lockInfo) { l.info.Store(&info) }
+
 // serving tells the lock what it could not know when it was taken: the relay
 // itself, and which ports the kernel chose.
 func (l *instanceLock) serving(r *relay, listen, admin string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	l.relay, l.info.Listen, l.info.Admin = r, listen, admin
+	info := (*l.info.Load())()
+	l.describe(func() lockInfo {
+		now := info
+		now.Listen, now.Admin, now.Uptime = listen, admin, int64(time.Since(r.started)/time.Second)
+		now.Servers, now.Draining = r.metrics.connectedBinaries.Load(), r.draining.Load()
+		return now
+	})
 }
 
-// serve answers until Close.
+// serve answers until Close. The line fits in a new socket's buffer, so that nobody
+// who asks and doesn't read is waited for.
 func (l *instanceLock) serve() {
 	for {
 		nc, err := l.ln.Accept()
@@ -358,39 +352,10 @@ func (l *instanceLock) serve() {
 			time.Sleep(50 * time.Millisecond)
 			continue
 		}
-		l.answer(nc.(*net.TCPConn))
-	}
-}
-
-// answer says who holds the lock. The line fits in a new socket's buffer, so that
-// nobody waits for whoever asks; only until he has read it a place is taken.
-func (l *instanceLock) answer(nc *net.TCPConn) {
-	l.mu.Lock()
-	info, r := l.info, l.relay
-	l.mu.Unlock()
-	if r != nil {
-		info.Uptime = int64(time.Since(r.started) / time.Second)
-		info.Servers, info.Draining = r.metrics.connectedBinaries.Load(), r.draining.Load()
-	}
-	line, _ := json.Marshal(info) // of strings, numbers and a time: does not fail
-	nc.SetDeadline(time.Now().Add(lockAnswerTime))
-	nc.Write(append(line, '\n'))
-	nc.CloseWrite()
-	select {
-	case l.talks <- struct{}{}:
-		go l.linger(nc)
-	default:
+		nc.SetDeadline(time.Now().Add(lockAnswerTime))
+		json.NewEncoder(nc).Encode((*l.info.Load())())
 		nc.Close()
 	}
-}
-
-// linger reads what the other end has said, so that closing does not reset the
-// connection under the answer. Close does not wait for it: who asks and does not
-// hang up must not hold up the end of the process.
-func (l *instanceLock) linger(nc *net.TCPConn) {
-	io.Copy(io.Discard, io.LimitReader(nc, maxLockAnswer))
-	nc.Close()
-	<-l.talks
 }
 
 // Close gives the lock back.
@@ -408,8 +373,8 @@ func checkPlatform(o options, env map[string]string) error {
 	}
 	for _, p := range [...][2]string{{"FLY_APP_NAME", "Fly.io"}, {"KUBERNETES_SERVICE_HOST", "Kubernetes"}} {
 		if variable, platform := p[0], p[1]; env[variable] != "" {
-			return fmt.Errorf("multi-instance deploy detected: %s is set, and on %s one command runs a second relay, whose registry is another: "+
-				"a phone that lands on the wrong one gets a silent 4404 although its binary is online: "+
+			return fmt.Errorf("multi-instance deploy detected: %s is set, and on %s one command runs a second relay, "+
+				"whose registry is another: "+lostPhone+": "+
 				"give -public-url wss://your.relay (or %s), with which the relay verifies instead of assuming that it is alone, "+
 				"or, for an emergency or a migration only, set %s=1", variable, platform, envName("public-url"), bypassName)
 		}
@@ -422,7 +387,7 @@ func checkPlatform(o options, env map[string]string) error {
 // The second guard against a second relay, across hosts: this one asks its own
 // public name who answers there (-public-url). What is found is a verdict for
 // the log, /healthz and /metrics; only an older relay behind the same name, seen
-// again and again, ends this process. How a round looks: publicround.go.
+// again and again, ends this process.
 
 const (
 	firstJoins = 8 // phones in the first round
@@ -494,7 +459,7 @@ type publicCheck struct {
 	seen      map[string]*observation // by id: other relays, since the split began
 }
 
-// sighting is another relay that answers to our name.
+// observation is another relay that answers to our name.
 type observation struct {
 	since  time.Time // when it was seen first
 	rounds int       // in a row in which it was the one to stay
@@ -554,9 +519,8 @@ func (c *publicCheck) run(ctx context.Context) {
 	}
 }
 
-// judge makes a verdict of a finding. An error names the relay for which this one
-// gives way. One round alone is no split: while a relay is replaced
-// both answer for a moment.
+// judge makes a verdict of a round. An error names the relay for which this one gives
+// way. One round alone is no split: while a relay is replaced both answer for a moment.
 func (c *publicCheck) judge(f roundResult, now time.Time) error {
 	was := c.state.verdict()
 	if f.verdict == publicSplit && was != publicSplit && !c.suspected {
@@ -600,8 +564,9 @@ const sameAge = time.Second
 // smaller id.
 func (o *rival) prevails(me identity, agesAlone bool) (stays bool, why string) {
 	switch ahead := o.mine.age - o.theirs.age; {
-	case !o.told:
-		return o.olderThan(me), "it is of an older version, and started first by its clock"
+	case !o.told: // it goes by the dates, so this one has to
+		earlier := cmp.Or(o.started.Compare(me.started), cmp.Compare(o.id, me.id)) < 0
+		return earlier, "it is of an older version, and started first by its clock"
 	case o.theirs.users != o.mine.users && !agesAlone:
 		return o.theirs.users, "it holds binaries of users, and this one holds none"
 	case ahead > sameAge || ahead < -sameAge:
@@ -665,8 +630,8 @@ func (c *publicCheck) sight(others []rival, now time.Time) error {
 		return nil
 	}
 	s := c.seen[stays.id]
-	return fmt.Errorf("refusing to go on: multi-instance deploy detected: relay %s, up %s (since %s by its clock), answers to %s as well, seen %d times within %v; "+
-		"each has a registry of its own, and a phone that lands on the wrong one gets a silent 4404 although its binary is online: "+
+	return fmt.Errorf("refusing to go on: multi-instance deploy detected: relay %s, up %s (since %s by its clock), "+
+		"answers to %s as well, seen %d times within %v; each has a registry of its own, and "+lostPhone+": "+
 		"this one (%s, up %s) stops, so that one goes on: %s; run exactly one behind that name, or, for an emergency or a migration only, set %s=1",
 		stays.id, age(stays.age(now)), stays.started.Format(time.RFC3339), c.url, s.rounds, now.Sub(s.first).Round(time.Second),
 		c.me.id, age(now.Sub(c.began)), why, bypassName)
@@ -674,10 +639,11 @@ func (c *publicCheck) sight(others []rival, now time.Time) error {
 
 // report logs a verdict that is new.
 func (c *publicCheck) report(f roundResult, now time.Time) {
-	switch f.verdict {
-	case publicVerified:
+	found := []any{"url", c.url, "found", f.diagnosis.what, "remedy", f.diagnosis.remedy, "phones", f.joins, "failed", f.failed}
+	switch {
+	case f.verdict == publicVerified:
 		c.log.Info("public name verified: it leads to this relay and to no other", "url", c.url, "phones", f.joins)
-	case publicSplit:
+	case f.verdict == publicSplit:
 		next := "the other one stops if it has -public-url, too"
 		for _, other := range f.others {
 			if stays, why := other.prevails(c.me, false); stays {
@@ -687,21 +653,19 @@ func (c *publicCheck) report(f roundResult, now time.Time) {
 		if c.bypass {
 			next = bypassName + "=1: this relay goes on"
 		}
-		args := []any{"url", c.url, "other", names(f.others), "instance", c.me.id, "age", now.Sub(c.began), "next", next}
+		found = []any{"url", c.url, "other", names(f.others), "instance", c.me.id, "age", now.Sub(c.began), "next", next}
 		if len(f.others) > 0 {
-			args = append(args, "other_age", f.others[0].age(now))
+			found = append(found, "other_age", f.others[0].age(now))
 		}
-		c.log.Error("multi-instance deploy detected: another relay answers to the public name, and a phone that lands on the wrong one gets 4404 although its binary is online: run exactly one",
-			args...)
-	case publicNotARelay:
-		c.log.Warn("public name not verified: something that is not this relay answers", "url", c.url, "found", f.diagnosis.what, "remedy", f.diagnosis.remedy, "phones", f.joins, "failed", f.failed)
-	case publicUnreachable:
-		if f.failed < f.joins {
-			c.log.Warn("public name not verified: some of the connections through it fail", "url", c.url, "found", f.diagnosis.what, "remedy", f.diagnosis.remedy, "phones", f.joins, "failed", f.failed)
-			return
-		}
-		c.log.Warn("public name not verified: this relay does not reach itself through it, and serves on; behind a home router (hairpin NAT, split DNS) that is common, and no harm if peers do",
-			"url", c.url, "found", f.diagnosis.what, "remedy", f.diagnosis.remedy, "phones", f.joins, "failed", f.failed)
+		c.log.Error("multi-instance deploy detected: another relay answers to the public name, "+
+			"and a phone that lands on the wrong one gets 4404 although its binary is online: run exactly one", found...)
+	case f.verdict == publicNotARelay:
+		c.log.Warn("public name not verified: something that is not this relay answers", found...)
+	case f.failed < f.joins:
+		c.log.Warn("public name not verified: some of the connections through it fail", found...)
+	default:
+		c.log.Warn("public name not verified: this relay does not reach itself through it, and serves on; "+
+			"behind a home router (hairpin NAT, split DNS) that is common, and no harm if peers do", found...)
 	}
 }
 
