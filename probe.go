@@ -125,7 +125,8 @@ func runProbe(ctx context.Context, args []string, stdout, stderr io.Writer) int 
 	fs.SetOutput(io.Discard)
 	add(fs, "n", &p.n, probeConnections, number(2, 1000),
 		"`connections`, one claim and the rest phones; everybody behind one address shares the relay's rate limit, 20 at once by default")
-	add(fs, "idle", &p.idle, time.Duration(0), duration(0, time.Hour), "`duration` of silence that the path has to survive; 0s leaves that out")
+	add(fs, "idle", &p.idle, time.Duration(0), duration(0, time.Hour),
+		"`duration` of silence that the path has to survive; 0s leaves that out")
 	add(fs, "json", &p.json, false, parseTruth, "one JSON object instead of text")
 	target, err := parseProbe(fs, args)
 	if errors.Is(err, flag.ErrHelp) {
@@ -291,7 +292,8 @@ func (p *probe) certificate(state *tls.ConnectionState, took string) {
 	c := slices.MinFunc(state.VerifiedChains[0], func(a, b *x509.Certificate) int { return a.NotAfter.Compare(b.NotAfter) })
 	end, left := c.NotAfter, time.Until(c.NotAfter)
 	p.report.CertificateExpires = &end
-	s := probeStep{"tls", stepOK, fmt.Sprintf("%s, certificate good until %s, for %s (%s)", tls.VersionName(state.Version), day(end), age(left), took), ""}
+	detail := fmt.Sprintf("%s, certificate good until %s, for %s (%s)", tls.VersionName(state.Version), day(end), age(left), took)
+	s := probeStep{"tls", stepOK, detail, ""}
 	if left < end.Sub(c.NotBefore)/renewalShare {
 		s.Verdict, s.Remedy = stepWarn, "renew the certificate now, and find out why that did not happen by itself"
 	}
@@ -374,7 +376,8 @@ func (p *probe) measure(phone *wsPeer) {
 	slices.Sort(took)
 	low, middle, high := took[0], took[len(took)/2], took[len(took)-1]
 	p.report.RoundTrip = &roundTripTimes{millis(low), millis(middle), millis(high)}
-	p.pass("round trip", fmt.Sprintf("phone to binary and back: min %s, median %s, max %s of %d", brief(low), brief(middle), brief(high), roundTrips))
+	p.pass("round trip", fmt.Sprintf("phone to binary and back: min %s, median %s, max %s of %d",
+		brief(low), brief(middle), brief(high), roundTrips))
 }
 
 // large sends what is more than any buffer of a proxy, both ways.
@@ -385,7 +388,8 @@ func (p *probe) large(phone *wsPeer) {
 	began := time.Now()
 	if err := phone.roundTrip(fmt.Appendf(nil, `"%x"`, noise)); err != nil {
 		d := diagnoseEnd(err)
-		p.fail("large frame", diagnosis{"200 KiB: " + d.what, "raise what limits messages in the proxy, and -max-frame if it is under 262144; " + d.remedy})
+		p.fail("large frame", diagnosis{"200 KiB: " + d.what,
+			"raise what limits messages in the proxy, and -max-frame if it is under 262144; " + d.remedy})
 		return
 	}
 	p.pass("large frame", "200 KiB there and back in "+brief(time.Since(began)))
@@ -409,7 +413,8 @@ func (p *probe) instances() {
 	detail := strings.Join(each, "; ")
 	switch {
 	case len(met) > 1:
-		p.fail("instances", diagnosis{detail, "stop all but one of these relays (/healthz shows each one's id): they do not know of each other's binaries, so phones get 4404"})
+		p.fail("instances", diagnosis{detail,
+			"stop all but one of these relays (/healthz shows each one's id): they do not know of each other's binaries, so phones get 4404"})
 	case len(met) == 1 && p.silent > 0:
 		p.fail("instances", diagnosis{detail, "find what else answers to this name, and take it away"})
 	case len(met) == 0:
@@ -428,7 +433,8 @@ func (p *probe) quiet(ctx context.Context, claim, phone *wsPeer) {
 	p.note(fmt.Sprintf("silent for %v", p.idle))
 	began := time.Now()
 	cut := func(leg string, err error) {
-		remedy := "raise the proxy's timeout for idle WebSockets well over the relay's -ping of 30s (nginx: proxy_read_timeout and proxy_send_timeout 1h; HAProxy: timeout tunnel 1h)"
+		remedy := "raise the proxy's timeout for idle WebSockets well over the relay's -ping of 30s " +
+			"(nginx: proxy_read_timeout and proxy_send_timeout 1h; HAProxy: timeout tunnel 1h)"
 		if end, ok := errors.AsType[*endError](err); ok && end.code == int(endShutdown.code()) { // said so: no timeout
 			remedy = diagnoseEnd(err).remedy
 		}
@@ -1004,7 +1010,8 @@ func diagnoseTLS(base *url.URL, err error) diagnosis {
 	host, now := base.Hostname(), time.Now()
 	if e, ok := errors.AsType[x509.CertificateInvalidError](err); ok && e.Reason == x509.Expired {
 		if c := e.Cert; now.Before(c.NotBefore) {
-			return diagnosis{"the certificate is valid from " + day(c.NotBefore) + " only", "check the clock of this machine and of the one that made the certificate"}
+			return diagnosis{"the certificate is valid from " + day(c.NotBefore) + " only",
+				"check the clock of this machine and of the one that made the certificate"}
 		}
 		return diagnosis{fmt.Sprintf("the certificate expired on %s, %s ago", day(e.Cert.NotAfter), age(now.Sub(e.Cert.NotAfter))),
 			"renew the certificate, have the proxy load it, and find out why that did not happen by itself; check this machine's clock"}
@@ -1040,13 +1047,15 @@ func certificateNames(c *x509.Certificate) string {
 }
 
 // passUpgrade is what proxies forget.
-const passUpgrade = `have the proxy pass the upgrade on (nginx: proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection "upgrade";)`
+const passUpgrade = "have the proxy pass the upgrade on " +
+	`(nginx: proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection "upgrade";)`
 
 // refusalRemedies are what to do about a relay's refusals, by their status.
 var refusalRemedies = map[int]string{
 	http.StatusUpgradeRequired: passUpgrade,
 	http.StatusBadRequest:      "have the proxy pass user-agent and the x-pyrycode-* headers on unchanged",
-	http.StatusTooManyRequests: "wait a minute, or raise -rate-per-minute; if everybody gets this, the proxy's address is not in -trusted-proxies",
+	http.StatusTooManyRequests: "wait a minute, or raise -rate-per-minute; " +
+		"if everybody gets this, the proxy's address is not in -trusted-proxies",
 }
 
 // diagnoseAnswer tells what an answer other than a good 101 means.
@@ -1056,7 +1065,8 @@ func diagnoseAnswer(base *url.URL, a answer, err error) diagnosis {
 			"have the proxy leave the answer's Upgrade, Connection and Sec-WebSocket-Accept as the relay sent them"}
 	}
 	if a.named {
-		return diagnosis{fmt.Sprintf("the relay refuses with %s: %s", quote(a.status), quote(a.text)), cmp.Or(refusalRemedies[a.code], "wait, and try again")}
+		return diagnosis{fmt.Sprintf("the relay refuses with %s: %s", quote(a.status), quote(a.text)),
+			cmp.Or(refusalRemedies[a.code], "wait, and try again")}
 	}
 	what := "something that is not a relay answers " + quote(a.status)
 	if s := a.header.Get("Server"); s != "" {
@@ -1074,7 +1084,8 @@ func diagnoseAnswer(base *url.URL, a answer, err error) diagnosis {
 	case c == http.StatusTooManyRequests:
 		return diagnosis{what, "wait a minute: the proxy in front limits upgrades"}
 	case c >= 502 && c <= 504:
-		return diagnosis{what + ": the proxy does not reach a relay behind it", "start the relay, and give the proxy its -listen address as backend"}
+		return diagnosis{what + ": the proxy does not reach a relay behind it",
+			"start the relay, and give the proxy its -listen address as backend"}
 	case c == http.StatusBadRequest && base.Scheme == "ws":
 		return diagnosis{what, "if the port speaks TLS, use wss://; otherwise " + passUpgrade}
 	case c == http.StatusUpgradeRequired:

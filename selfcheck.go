@@ -254,8 +254,8 @@ func (e *heldError) Error() string {
 	if h.Draining {
 		state = ", shutting down just now"
 	}
-	return fmt.Sprintf("multi-instance deploy detected: %s %q already runs on this host (pid %d, listening on %q, up %v, binaries connected: %d%s) "+
-		"and holds %s; a second relay has a registry of its own, and "+lostPhone+": "+
+	return fmt.Sprintf("multi-instance deploy detected: %s %q already runs on this host (pid %d, listening on %q, up %v, "+
+		"binaries connected: %d%s) and holds %s; a second relay has a registry of its own, and "+lostPhone+": "+
 		"stop the first (kill %[3]d), or, for an emergency or a migration only, set %[9]s=1",
 		programName, h.Version, h.PID, h.Listen, h.up(time.Now()).Round(time.Second), h.Servers, state, e.addr, bypassName)
 }
@@ -632,7 +632,8 @@ func (c *publicCheck) sight(others []rival, now time.Time) error {
 	s := c.seen[stays.id]
 	return fmt.Errorf("refusing to go on: multi-instance deploy detected: relay %s, up %s (since %s by its clock), "+
 		"answers to %s as well, seen %d times within %v; each has a registry of its own, and "+lostPhone+": "+
-		"this one (%s, up %s) stops, so that one goes on: %s; run exactly one behind that name, or, for an emergency or a migration only, set %s=1",
+		"this one (%s, up %s) stops, so that one goes on: %s; run exactly one behind that name, "+
+		"or, for an emergency or a migration only, set %s=1",
 		stays.id, age(stays.age(now)), stays.started.Format(time.RFC3339), c.url, s.rounds, now.Sub(s.first).Round(time.Second),
 		c.me.id, age(now.Sub(c.began)), why, bypassName)
 }
@@ -850,7 +851,8 @@ func (p *publicPath) reached(t *dialTrace, err error) outcome {
 		return outcome{verdict: publicSplit, who: o}
 	}
 	if t.step == stepSession {
-		err = fmt.Errorf("%s comes without %s: a relay of an older version, or a proxy that takes that header away", quote(a.status), instanceHeader)
+		err = fmt.Errorf("%s comes without %s: a relay of an older version, or a proxy that takes that header away",
+			quote(a.status), instanceHeader)
 	}
 	return outcome{verdict: publicNotARelay, diagnosis: diagnose(p.dialer.base, t, err)}
 }

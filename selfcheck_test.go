@@ -157,13 +157,15 @@ func TestLockHeldByFrozenRelay(t *testing.T) {
 func TestLockHolderLineThatMakesNoSense(t *testing.T) {
 	t.Parallel()
 	good := lockInfo{
-		Program: programName, PID: 4242, Version: "v1", Instance: "0123456789abcdef", Listen: "127.0.0.1:8080", Admin: "off", Started: time.Now().Add(-time.Hour),
+		Program: programName, PID: 4242, Version: "v1", Instance: "0123456789abcdef",
+		Listen: "127.0.0.1:8080", Admin: "off", Started: time.Now().Add(-time.Hour),
 	}
 	ahead := good // its clock was wrong when it started
 	ahead.Started, ahead.Uptime = time.Now().Add(72*time.Hour), 60
 	for _, h := range []lockInfo{good, ahead} {
 		line, _ := json.Marshal(h)
-		if _, err := lockInstance(serveRaw(t, nil, saying(string(line))), lockInfo{}); !isHeldBy(err, 4242) || !strings.Contains(err.Error(), "kill 4242") {
+		_, err := lockInstance(serveRaw(t, nil, saying(string(line))), lockInfo{})
+		if !isHeldBy(err, 4242) || !strings.Contains(err.Error(), "kill 4242") {
 			t.Fatalf("a good line: %v", err)
 		}
 	}
@@ -195,7 +197,8 @@ func TestLockHolderLineThatMakesNoSense(t *testing.T) {
 				t.Fatal("the lock is free")
 			}
 			text := err.Error()
-			if strings.Contains(text, "multi-instance deploy detected") || strings.Contains(text, fmt.Sprintf("kill %d", h.PID)) || !strings.Contains(text, "it says \"{") {
+			if strings.Contains(text, "multi-instance deploy detected") || strings.Contains(text, fmt.Sprintf("kill %d", h.PID)) ||
+				!strings.Contains(text, "it says \"{") {
 				t.Errorf("it is believed: %s", text)
 			}
 			if i := strings.IndexFunc(text, func(r rune) bool { return !strconv.IsPrint(r) }); i >= 0 || len(text) > 1000 {
@@ -235,8 +238,8 @@ func TestLockHeldByStranger(t *testing.T) {
 			} else {
 				lock = serveRaw(t, nil, tt.speak)
 			}
-			startProgram(t, withLock(lock)).wantRefusal(2, lock+", the -instance-lock, is held by something that does not answer as a relay does "+tt.heard,
-				"choose another loopback port with -instance-lock")
+			startProgram(t, withLock(lock)).wantRefusal(2, lock+", the -instance-lock, "+
+				"is held by something that does not answer as a relay does "+tt.heard, "choose another loopback port with -instance-lock")
 			if _, err := lockInstance(lock, lockInfo{}); err == nil || strings.Contains(err.Error(), "multi-instance") {
 				t.Errorf("a stranger is taken for a relay: %v", err)
 			}
@@ -341,7 +344,8 @@ func TestLockComesFirst(t *testing.T) {
 func TestLockOfTwoStartsAtOnce(t *testing.T) {
 	t.Parallel()
 	for round := range 100 {
-		env := withLock(freeLock(t))
+		lock := freeLock(t)
+		env := withLock(lock)
 		both := [2]*program{startProgram(t, env, "-admin", "off"), startProgram(t, env, "-admin", "off")}
 		var loser int
 		select {
@@ -352,7 +356,7 @@ func TestLockOfTwoStartsAtOnce(t *testing.T) {
 			t.Fatalf("round %d: neither has ended within %v", round, patience)
 		}
 		winner := both[1-loser].listening()
-		both[loser].wantRefusal(2, "multi-instance deploy detected", fmt.Sprintf("pid %d,", winner.cmd.Process.Pid), env[0][len("PYRYCODE_RELAY_INSTANCE_LOCK="):])
+		both[loser].wantRefusal(2, "multi-instance deploy detected", fmt.Sprintf("pid %d,", winner.cmd.Process.Pid), lock)
 		winner.signal(syscall.SIGTERM)
 		if code := winner.exit(); code != 0 {
 			t.Errorf("round %d: the winner ends with %d, want 0", round, code)
@@ -578,8 +582,10 @@ func TestPublicCheckVerdicts(t *testing.T) {
 	t.Parallel()
 	type script = []roundResult
 	split := splitWith
-	samePast, sameFuture := anotherRelay("aa00000000000000", 72*time.Hour, -900*time.Millisecond), anotherRelay("cc00000000000000", 72*time.Hour, 900*time.Millisecond)
-	latecomer, elder := anotherRelay("aa00000000000000", -72*time.Hour, -time.Minute), anotherRelay("cc00000000000000", 72*time.Hour, time.Minute)
+	const smaller, greater = "aa00000000000000", "cc00000000000000" // than the id of myself
+	samePast := anotherRelay(smaller, 72*time.Hour, -900*time.Millisecond)
+	sameFuture := anotherRelay(greater, 72*time.Hour, 900*time.Millisecond)
+	latecomer, elder := anotherRelay(smaller, -72*time.Hour, -time.Minute), anotherRelay(greater, 72*time.Hour, time.Minute)
 	for _, tt := range []struct {
 		name   string
 		rounds int
@@ -617,7 +623,8 @@ func TestPublicCheckVerdicts(t *testing.T) {
 			script{split(older), split(older), split(oldest), split(oldest), split(younger), split(younger), allMine()},
 			"pending split split split split split verified", "INFO ERROR INFO", nil},
 		{"an older one seen twice only", 50,
-			script{split(older), split(younger), split(younger), split(younger), split(younger), split(older), split(younger)}, "split", "INFO ERROR", nil},
+			script{split(older), split(younger), split(younger), split(younger), split(younger), split(older), split(younger)},
+			"split", "INFO ERROR", nil},
 		{"one that does not say who it is", 50, script{split()}, "split", "INFO ERROR", nil},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -643,7 +650,8 @@ func TestPublicCheckVerdicts(t *testing.T) {
 			if tt.left == nil {
 				return
 			}
-			for _, want := range []string{tt.left.id, tt.left.started.Format(time.RFC3339), myself.id, "multi-instance deploy detected", "4404", bypassName} {
+			started := tt.left.started.Format(time.RFC3339)
+			for _, want := range []string{tt.left.id, started, myself.id, "multi-instance deploy detected", "4404", bypassName} {
 				if !strings.Contains(r.left.Error(), want) {
 					t.Errorf("the reason lacks %q: %v", want, r.left)
 				}
@@ -784,7 +792,9 @@ func TestPublicCheckOneOfTwoStays(t *testing.T) {
 				-100 * time.Hour, -time.Minute, -1002 * time.Millisecond, -time.Second, -998 * time.Millisecond, 0,
 				998 * time.Millisecond, time.Second, 1002 * time.Millisecond, time.Minute, 100 * time.Hour,
 			} {
-				for _, slow := range [][2]time.Duration{{0, 0}, {10 * time.Millisecond, time.Second}, {4 * time.Second, 20 * time.Second}, {10 * time.Second, 4 * over}} {
+				for _, slow := range [][2]time.Duration{
+					{0, 0}, {10 * time.Millisecond, time.Second}, {4 * time.Second, 20 * time.Second}, {10 * time.Second, 4 * over},
+				} {
 					seeds := uint64(6)
 					if slow[1] >= over/2 {
 						seeds = 20
@@ -889,7 +899,8 @@ func TestPaceFrom(t *testing.T) {
 			t.Errorf("the error does not say what is wrong: %v", err)
 		}
 	}
-	if code, _, stderr := runOnce(map[string]string{paceName: "soon"}, "-listen", "127.0.0.1:0"); code != exitRefused || !strings.Contains(stderr, paceName) {
+	code, _, stderr := runOnce(map[string]string{paceName: "soon"}, "-listen", "127.0.0.1:0")
+	if code != exitRefused || !strings.Contains(stderr, paceName) {
 		t.Errorf("exit code %d, %q", code, stderr)
 	}
 }
@@ -923,13 +934,16 @@ func TestPublicRound(t *testing.T) {
 		{"round robin", through(func(me, other string) picker { return inTurn(me, other) }), publicSplit, true, "", false},
 		{"round robin, the claim elsewhere", through(func(me, other string) picker { return inTurn(other, me) }), publicSplit, true, "", false},
 		{"one phone in nine", through(func(me, other string) picker { return onceOf(8, other, me) }), publicSplit, true, "", false},
-		{"one claim elsewhere, its phones here", through(func(me, other string) picker { return onceOf(0, other, me) }), publicSplit, true, "", false},
+		{"one claim elsewhere, its phones here", through(func(me, other string) picker { return onceOf(0, other, me) }),
+			publicSplit, true, "", false},
 		{"sticky by server-id", through(func(me, other string) picker { return byServer(me, other) }), publicVerified, false, "", false},
 		{"another relay only", func(t *testing.T, _, other string) string { return other }, publicSplit, true, "", false},
-		{"another relay, and otherwise nothing", through(func(_, other string) picker { return inTurn("", other) }), publicSplit, true, "", false},
+		{"another relay, and otherwise nothing", through(func(_, other string) picker { return inTurn("", other) }),
+			publicSplit, true, "", false},
 		{"a web server", func(t *testing.T, _, _ string) string { return status(t, 404, "Server", "nginx") },
 			publicNotARelay, false, `"HTTP/1.1 404 Not Found" (server: "nginx")`, false},
-		{"a proxy without a relay", func(t *testing.T, _, _ string) string { return status(t, 502) }, publicNotARelay, false, "does not reach a relay", false},
+		{"a proxy without a relay", func(t *testing.T, _, _ string) string { return status(t, 502) },
+			publicNotARelay, false, "does not reach a relay", false},
 		{"one backend of two is no relay", func(t *testing.T, me, _ string) string {
 			return startBalancer(t, nil, inTurn(me, status(t, 502))).addr
 		}, publicNotARelay, false, "502", true},
@@ -937,7 +951,8 @@ func TestPublicRound(t *testing.T) {
 			return startBalancer(t, nil, inTurn(me, status(t, 502), other)).addr
 		}, publicSplit, true, "", false},
 		{"nothing", func(t *testing.T, _, _ string) string { return deadAddr(t) }, publicUnreachable, false, "connection refused", false},
-		{"one backend of two is gone", through(func(me, _ string) picker { return inTurn(me, "") }), publicUnreachable, false, "no HTTP answer", true},
+		{"one backend of two is gone", through(func(me, _ string) picker { return inTurn(me, "") }),
+			publicUnreachable, false, "no HTTP answer", true},
 		{"a proxy that drops the upgrade", dropping("Upgrade", ""), publicUnreachable, false, "no upgrade was asked for", false},
 		{"a proxy that drops headers", dropping("X-Pyrycode-Version", ""), publicUnreachable, false, "x-pyrycode-version is missing", false},
 		{"the header is taken away", dropping("", instanceHeader), publicVerified, false, "", false},
@@ -1129,7 +1144,8 @@ func TestProbeNonce(t *testing.T) {
 	if got := ask("spends-the-token", ""); got != 101 {
 		t.Fatalf("the first of an address: %d", got)
 	}
-	foreign, mine, elsewhere, revoked := other.probes.issue("mine"), r.probes.issue("mine"), r.probes.issue("elsewhere"), r.probes.issue("revoked")
+	foreign, mine := other.probes.issue("mine"), r.probes.issue("mine")
+	elsewhere, revoked := r.probes.issue("elsewhere"), r.probes.issue("revoked")
 	r.probes.withdraw(revoked)
 	for _, tt := range []struct {
 		name, id, nonce string
@@ -1191,13 +1207,13 @@ func TestPublicCheckStops(t *testing.T) {
 		})
 	}
 	t.Run("a whole program", func(t *testing.T) {
-		asked := onLoopback(t)
+		asked, lock := onLoopback(t), deadAddr(t)
 		defer asked.Close()
 		ctx, cancel := context.WithCancel(t.Context())
 		code := make(chan int, 1)
 		go func() {
-			code <- run(ctx, []string{"-listen", "127.0.0.1:0", "-admin", "off", "-instance-lock", deadAddr(t), "-public-url", "ws://" + asked.Addr().String()},
-				map[string]string{paceName: "1h,1ms,1h"}, io.Discard, io.Discard)
+			args := []string{"-listen", "127.0.0.1:0", "-admin", "off", "-instance-lock", lock, "-public-url", "ws://" + asked.Addr().String()}
+			code <- run(ctx, args, map[string]string{paceName: "1h,1ms,1h"}, io.Discard, io.Discard)
 		}()
 		nc, err := asked.Accept() // a round is under way
 		if err != nil {
