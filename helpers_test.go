@@ -18,6 +18,8 @@ import (
 	"os/exec"
 	"regexp"
 	"runtime"
+	"runtime/debug"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -197,6 +199,15 @@ func needEpoll(t *testing.T) {
 	t.Helper()
 	if _, ok := startRelay(t, testOptions()).loops[0].(*goPoller); ok {
 		t.Skip("this system has the goroutine poller")
+	}
+}
+
+// needNoRace skips a test of memory: the race detector has its own, and under it
+// a sync.Pool forgets at random.
+func needNoRace(t *testing.T) {
+	t.Helper()
+	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+		t.Skip("the race detector is on")
 	}
 }
 
