@@ -181,7 +181,7 @@ func TestCostAllocationsPerEscapedName(t *testing.T) {
 	} {
 		message := []byte(`{` + c.members + `"conn_id":"a","\u0066rame":0}`)
 		got := testing.AllocsPerRun(100, func() {
-			if e, _, drop := parseEnvelope(message); drop != dropNone || string(e.frame) != "0" {
+			if e, drop := parseEnvelope(message); drop != dropNone || string(e.frame) != "0" {
 				t.Fatalf("frame %q, drop %d", e.frame, drop)
 			}
 		})
@@ -300,7 +300,7 @@ func BenchmarkEnvelopeSplice(b *testing.B) {
 		payload := []byte(p.json)
 		var out []byte
 		bench(b, p.name+"/relay", len(payload), func() {
-			if checkJSON(payload, maxPhoneDepth) != jsonOK {
+			if !validJSON(payload, maxPhoneDepth) {
 				b.Fatal("refused")
 			}
 			out = append(append(appendEnvelopeHead(out[:0], benchConnID), payload...), envelopeTail...)
@@ -319,7 +319,7 @@ func BenchmarkEnvelopeScan(b *testing.B) {
 	for _, p := range benchPayloads() {
 		message := []byte(`{"conn_id":"` + benchConnID + `","frame":` + p.json + `}`)
 		bench(b, p.name+"/relay", len(message), func() {
-			if _, _, drop := parseEnvelope(message); drop != dropNone {
+			if _, drop := parseEnvelope(message); drop != dropNone {
 				b.Fatal(drop)
 			}
 		})
@@ -343,7 +343,7 @@ func BenchmarkEnvelopeNames(b *testing.B) {
 	} {
 		message := []byte(`{` + c.members + `"conn_id":"` + benchConnID + `","frame":0}`)
 		bench(b, c.name, len(message), func() {
-			if _, _, drop := parseEnvelope(message); drop != dropNone {
+			if _, drop := parseEnvelope(message); drop != dropNone {
 				b.Fatal(drop)
 			}
 		})

@@ -24,26 +24,15 @@ const (
 	maxPhoneDepth = maxEnvelopeDepth - 1
 )
 
-// jsonFault says what is wrong with a message.
-type jsonVerdict uint8
-
-const (
-	jsonOK jsonVerdict = iota
-	jsonInvalid
-	jsonBadUTF8
-)
-
-// checkJSON holds b against: exactly one JSON value in valid UTF-8, at most
-// maxDepth levels deep. Invalid UTF-8 is told first.
-func checkJSON(b []byte, maxDepth int) jsonVerdict {
+// validJSON reports whether b is exactly one JSON value in valid UTF-8, at most
+// maxDepth levels deep.
+func validJSON(b []byte, maxDepth int) bool {
 	if !utf8.Valid(b) {
-		return jsonBadUTF8
+		return false
 	}
 	s := scanner{b: b, depth: maxDepth}
-	if end := s.value(0); end < 0 || s.space(end) != len(b) {
-		return jsonInvalid
-	}
-	return jsonOK
+	end := s.value(0)
+	return end >= 0 && s.space(end) == len(b)
 }
 
 // appendEnvelopeHead appends what stands before a phone's message in its
@@ -65,11 +54,6 @@ func appendCloseNotice(dst []byte, connID string, code uint16) []byte {
 	return append(strconv.AppendUint(dst, uint64(code), 10), '}')
 }
 
-// closeCodeAllowed tells whether a close code may be on the wire (RFC 6455 §7.4).
-func closeCodeAllowed(code int) bool {
-	return code >= 1000 && code <= 1003 || code >= 1007 && code <= 1014 || code >= 3000 && code <= 4999
-}
-
 // envelope is what a binary asks for. Its slices are parts of the message.
 type envelope struct {
 	connID    []byte
@@ -83,37 +67,37 @@ type envelope struct {
 // their escapes; null counts as absent, and so does the close_code 0 of a binary
 // that writes every member always. drop is dropNone, or the first of these that
 // holds: not an envelope, push wake, conn_id missing, close_code invalid, frame
-// missing. fault tells invalid UTF-8 apart.
-func parseEnvelope(b []byte) (e envelope, verdict jsonVerdict, drop dropReason) {
+// missing.
+func parseEnvelope(b []byte) (e envelope, drop dropReason) {
 	if !utf8.Valid(b) {
-		return e, jsonBadUTF8, dropNotEnvelope
+		return e, dropNotEnvelope
 	}
 	var m members
 	s := scanner{b: b, depth: maxEnvelopeDepth - 1}
 	if end := s.members(&m); end < 0 || s.space(end) != len(b) {
-		return e, jsonInvalid, dropNotEnvelope
+		return e, dropNotEnvelope
 	}
 	id, ok := m.connID.text()
 	switch {
 	case !ok && m.pushWake.present():
-		return e, jsonOK, dropPushWake
+		return e, dropPushWake
 	case !ok:
-		return e, jsonOK, dropNoConnID
+		return e, dropNoConnID
 	}
 	e.connID = id
 	if m.closeCode.present() {
 		code, err := strconv.Atoi(string(m.closeCode.raw))
 		if err != nil || code != 0 && !closeCodeAllowed(code) {
-			return e, jsonOK, dropBadCloseCode
+			return e, dropBadCloseCode
 		}
 		e.closeCode, e.hasClose = uint16(code), code != 0
 	}
 	if m.frame.present() {
 		e.frame = m.frame.raw
 	} else if !e.hasClose {
-		return e, jsonOK, dropNoFrame
+		return e, dropNoFrame
 	}
-	return e, jsonOK, dropNone
+	return e, dropNone
 }
 
 // members are the values that count of an envelope.
@@ -191,6 +175,7 @@ type scanner struct {
 	b       []byte
 	depth   int  // levels that a value may have
 	escapes bool // the last string had some
+	quote   int  // where the last name ended
 }
 
 func (s *scanner) space(i int) int {
@@ -219,19 +204,17 @@ func (s *scanner) members(m *members) int {
 		return i + 1
 	}
 	for {
-		end := s.str(i)
-		if end < 0 {
+		start := i + 1
+		if i = s.name(i); i < 0 {
 			return -1
 		}
-		name := s.b[i+1 : end-1]
+		name := s.b[start:s.quote]
 		if s.escapes {
 			name = unescape(room[:0], name)
 		}
-		if i = s.space(end); s.at(i) != ':' {
-			return -1
-		}
-		i = s.space(i + 1)
-		if end = s.value(i); end < 0 {
+		i = s.space(i)
+		end := s.value(i)
+		if end < 0 {
 			return -1
 		}
 		if to := m.slot(name); to != nil {
@@ -330,6 +313,7 @@ func (s *scanner) name(i int) int {
 	if i = s.str(i); i < 0 {
 		return -1
 	}
+	s.quote = i - 1
 	if i = s.space(i); s.at(i) != ':' {
 		return -1
 	}

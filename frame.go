@@ -139,6 +139,11 @@ func appendCloseFrame(dst []byte, code uint16, reason string) []byte {
 // noCloseCode is what a close frame without a code counts as (§7.1.5).
 const noCloseCode = 1005
 
+// closeCodeAllowed reports whether a close code may be on the wire (§7.4).
+func closeCodeAllowed(code int) bool {
+	return code >= 1000 && code <= 1003 || code >= 1007 && code <= 1014 || code >= 3000 && code <= 4999
+}
+
 // parseClose reads the payload of a peer's close frame (§5.5.1).
 func parseClose(p []byte) (code uint16, violation closeReason) {
 	if len(p) == 0 {

@@ -26,6 +26,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+	"unicode/utf8"
 
 	"golang.org/x/net/websocket"
 )
@@ -518,12 +519,12 @@ func (s *session) message(w *writeBatch, op byte, p []byte) {
 // security boundary: only exactly one JSON value can stand in it without
 // changing what the binary reads.
 func (s *session) toBinary(w *writeBatch, p []byte) {
-	switch checkJSON(p, maxPhoneDepth) {
-	case jsonBadUTF8:
-		s.startClose(w, endInvalidUTF8)
-		return
-	case jsonInvalid:
-		s.startClose(w, endNotJSON)
+	if !validJSON(p, maxPhoneDepth) {
+		reason := endNotJSON
+		if !utf8.Valid(p) {
+			reason = endInvalidUTF8
+		}
+		s.startClose(w, reason)
 		return
 	}
 	var room [128]byte
@@ -590,8 +591,8 @@ func (q *graceQueue) push(w *writeBatch, head, p []byte) closeReason {
 
 // toPhone takes an envelope of a binary to the phone that it names.
 func (s *session) toPhone(w *writeBatch, op byte, p []byte) {
-	env, verdict, drop := parseEnvelope(p)
-	if verdict == jsonBadUTF8 && op == opText {
+	env, drop := parseEnvelope(p)
+	if drop == dropNotEnvelope && op == opText && !utf8.Valid(p) {
 		s.startClose(w, endInvalidUTF8)
 		return
 	}
