@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -192,12 +193,12 @@ func TestCostAllocationsPerEscapedName(t *testing.T) {
 }
 
 // bench measures work that moves n bytes.
-func bench(b *testing.B, name string, n int, work func()) {
+func bench(b *testing.B, name string, n int, work func(b *testing.B)) {
 	b.Run(name, func(b *testing.B) {
 		b.SetBytes(int64(n))
 		b.ReportAllocs()
 		for b.Loop() {
-			work()
+			work(b)
 		}
 	})
 }
@@ -207,11 +208,11 @@ func BenchmarkFrameRead(b *testing.B) {
 	var h frameHeader
 	for _, n := range costSizes {
 		f := clientFrame(last, opText, make([]byte, n))
-		bench(b, fmt.Sprintf("%d/relay", n), n, func() {
+		bench(b, fmt.Sprintf("%d/relay", n), n, func(b *testing.B) {
 			h, _ = parseFrameHeader(f)
 			unmask(f[h.size:], h.key)
 		})
-		bench(b, fmt.Sprintf("%d/bytewise", n), n, func() {
+		bench(b, fmt.Sprintf("%d/bytewise", n), n, func(b *testing.B) {
 			h, _ = parseFrameHeader(f)
 			unmaskNaive(f[h.size:], [4]byte(f[h.size-4:]))
 		})
@@ -225,7 +226,7 @@ func BenchmarkFrameWrite(b *testing.B) {
 	ps.discard = true
 	for _, n := range costSizes {
 		p := make([]byte, n)
-		bench(b, strconv.Itoa(n), n, func() {
+		bench(b, strconv.Itoa(n), n, func(b *testing.B) {
 			ph.mu.Lock()
 			ph.push(w, 0, nil, p, nil)
 			ph.mu.Unlock()
@@ -241,7 +242,7 @@ func BenchmarkFrameForward(b *testing.B) {
 	for _, f := range all {
 		f.sock.discard = true
 		read := make([]byte, len(f.frame))
-		bench(b, f.name, f.size, func() {
+		bench(b, f.name, f.size, func(b *testing.B) {
 			copy(read, f.frame)
 			f.from.receive(w, read)
 			w.flush()
@@ -299,13 +300,13 @@ func BenchmarkEnvelopeSplice(b *testing.B) {
 	for _, p := range benchPayloads() {
 		payload := []byte(p.json)
 		var out []byte
-		bench(b, p.name+"/relay", len(payload), func() {
+		bench(b, p.name+"/relay", len(payload), func(b *testing.B) {
 			if !validJSON(payload, maxPhoneDepth) {
 				b.Fatal("refused")
 			}
 			out = append(append(appendEnvelopeHead(out[:0], benchConnID), payload...), envelopeTail...)
 		})
-		bench(b, p.name+"/encoding-json", len(payload), func() {
+		bench(b, p.name+"/encoding-json", len(payload), func(b *testing.B) {
 			var err error
 			if out, err = json.Marshal(wireEnvelope{ConnID: benchConnID, Frame: payload}); err != nil {
 				b.Fatal(err)
@@ -318,12 +319,12 @@ func BenchmarkEnvelopeSplice(b *testing.B) {
 func BenchmarkEnvelopeScan(b *testing.B) {
 	for _, p := range benchPayloads() {
 		message := []byte(`{"conn_id":"` + benchConnID + `","frame":` + p.json + `}`)
-		bench(b, p.name+"/relay", len(message), func() {
+		bench(b, p.name+"/relay", len(message), func(b *testing.B) {
 			if _, drop := parseEnvelope(message); drop != dropNone {
 				b.Fatal(drop)
 			}
 		})
-		bench(b, p.name+"/encoding-json", len(message), func() {
+		bench(b, p.name+"/encoding-json", len(message), func(b *testing.B) {
 			var e wireEnvelope
 			if err := json.Unmarshal(message, &e); err != nil {
 				b.Fatal(err)
@@ -342,7 +343,7 @@ func BenchmarkEnvelopeNames(b *testing.B) {
 		{"long/escaped", `"` + strings.Repeat(`\u0061`, 10_000) + `":0,`},
 	} {
 		message := []byte(`{` + c.members + `"conn_id":"` + benchConnID + `","frame":0}`)
-		bench(b, c.name, len(message), func() {
+		bench(b, c.name, len(message), func(b *testing.B) {
 			if _, drop := parseEnvelope(message); drop != dropNone {
 				b.Fatal(drop)
 			}
@@ -551,17 +552,10 @@ func TestCostSystemCallsPerFrame(t *testing.T) {
 // answer back to the phone, clients included.
 func BenchmarkRoundTrip(b *testing.B) {
 	for _, n := range costSizes {
-		b.Run(strconv.Itoa(n), func(b *testing.B) {
-			up, down := pipes(startRelay(b, testOptions()), n, 1)
-			b.SetBytes(2 * int64(n))
-			b.ReportAllocs()
-			for b.Loop() {
-				if err := up.pass(); err != nil {
-					b.Fatal(err)
-				}
-				if err := down.pass(); err != nil {
-					b.Fatal(err)
-				}
+		up, down := pipes(startRelay(b, testOptions()), n, 1)
+		bench(b, strconv.Itoa(n), 2*n, func(b *testing.B) {
+			if err := errors.Join(up.pass(), down.pass()); err != nil {
+				b.Fatal(err)
 			}
 		})
 	}

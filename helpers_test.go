@@ -314,6 +314,8 @@ type wsClient struct {
 	nc     net.Conn
 	br     *bufio.Reader
 	header http.Header // of the 101
+
+	patience time.Duration // with a write, and with a frame that has to come
 }
 
 func binaryHeaders(id string) http.Header {
@@ -403,7 +405,7 @@ func handshake(t testing.TB, nc net.Conn, path string, h http.Header) (*wsClient
 		return nil, resp, fmt.Errorf("Sec-WebSocket-Accept is %q", got)
 	}
 	nc.SetDeadline(time.Time{})
-	return &wsClient{t: t, nc: nc, br: br, header: resp.Header}, resp, nil
+	return &wsClient{t: t, nc: nc, br: br, header: resp.Header, patience: patience}, resp, nil
 }
 
 // The first byte of a frame has one of these.
@@ -469,7 +471,7 @@ func readServerFrame(r io.Reader) (op byte, payload []byte, err error) {
 // raw sends bytes as they are.
 func (c *wsClient) raw(b []byte) {
 	c.t.Helper()
-	c.nc.SetWriteDeadline(time.Now().Add(patience))
+	c.nc.SetWriteDeadline(time.Now().Add(c.patience))
 	if _, err := c.nc.Write(b); err != nil {
 		c.t.Fatalf("sending %d bytes: %v", len(b), err)
 	}
@@ -496,7 +498,7 @@ func (c *wsClient) close(code uint16, reason string) {
 
 // next reads one frame of the relay.
 func (c *wsClient) next() (op byte, payload []byte, err error) {
-	c.nc.SetReadDeadline(time.Now().Add(patience))
+	c.nc.SetReadDeadline(time.Now().Add(c.patience))
 	return readServerFrame(c.br)
 }
 
@@ -558,7 +560,7 @@ func (c *wsClient) ended() (code int, reason string) {
 		case err != nil:
 			c.t.Fatalf("waiting for the end: %v", err)
 		case op == opClose:
-			c.nc.SetWriteDeadline(time.Now().Add(patience))
+			c.nc.SetWriteDeadline(time.Now().Add(c.patience))
 			c.nc.Write(clientFrame(last, opClose, p)) // the relay may be gone
 			if _, err := io.Copy(io.Discard, c.br); err != nil && !isReset(err) {
 				c.t.Fatalf("waiting for the end of tcp: %v", err)
@@ -684,14 +686,21 @@ func (m *memSocket) frames(t testing.TB) (all []memFrame) {
 
 var memAddr = netip.MustParseAddr("192.0.2.1")
 
-// memBinary registers a binary of id. It stays until its release.
-func memBinary(t testing.TB, r *relay, id string) (*session, *memSocket) {
+// memSession enters a session, which stays until its release.
+func memSession(t testing.TB, r *relay, role role, connID string) (*session, *memSocket) {
 	t.Helper()
-	b, m := newSession(r, caller{role: roleBinary, addr: memAddr}, newConnID()), &memSocket{}
-	b.sock = m
-	if r.enter(roleBinary) != nil {
+	if r.enter(role) != nil {
 		t.Fatal("the relay is draining or full")
 	}
+	s, m := newSession(r, caller{role: role, addr: memAddr}, connID), &memSocket{}
+	s.sock = m
+	return s, m
+}
+
+// memBinary registers a binary of id.
+func memBinary(t testing.TB, r *relay, id string) (*session, *memSocket) {
+	t.Helper()
+	b, m := memSession(t, r, roleBinary, newConnID())
 	w := r.newBatch()
 	if r.registry.claim(w, b, id); b.contends() {
 		t.Fatalf("%s is claimed already", id)
@@ -700,14 +709,10 @@ func memBinary(t testing.TB, r *relay, id string) (*session, *memSocket) {
 	return b, m
 }
 
-// memPhone registers a phone of id. It stays until its release.
+// memPhone registers a phone of id.
 func memPhone(t testing.TB, r *relay, id, connID string) (*session, *memSocket) {
 	t.Helper()
-	ph, m := newSession(r, caller{role: rolePhone, addr: memAddr}, connID), &memSocket{}
-	ph.sock = m
-	if r.enter(rolePhone) != nil {
-		t.Fatal("the relay is draining or full")
-	}
+	ph, m := memSession(t, r, rolePhone, connID)
 	if refused, text := r.registry.join(ph, id); refused != endNone {
 		t.Fatalf("join of %s: %s", id, text)
 	}

@@ -352,27 +352,15 @@ type stressConn struct {
 // readPause is a time in which a reader handles no frames.
 type readPause struct{ begun, over chan struct{} }
 
-// stressSocket waits longer: behind a peer that did not read, the kernel may
-// retry late, and a busy machine may be slow.
-type stressSocket struct{ *net.TCPConn }
-
-func (c stressSocket) SetReadDeadline(time.Time) error {
-	return c.TCPConn.SetReadDeadline(time.Now().Add(4 * patience))
-}
-
-func (c stressSocket) SetWriteDeadline(time.Time) error {
-	return c.TCPConn.SetWriteDeadline(time.Now().Add(4 * patience))
-}
-
 // dialStress makes a connection; refused is the status of an upgrade that was not granted.
 func dialStress(r *testRelay, path string, h http.Header) (c *stressConn, refused int, err error) {
 	nc, err := net.Dial("tcp", r.addr)
 	if err != nil {
 		return nil, 0, err
 	}
-	nc = stressSocket{nc.(*net.TCPConn)}
 	ws, resp, err := handshake(r.t, nc, path, h)
 	if ws != nil && err == nil {
+		ws.patience = 4 * patience // a busy machine may be slow, and the kernel retry late for a peer that did not read
 		return &stressConn{wsClient: ws, done: make(chan struct{})}, 0, nil
 	}
 	if err == nil {
@@ -404,7 +392,7 @@ func (c *stressConn) write(b []byte) bool { return c.writeIn(len(b), b) }
 func (c *stressConn) writeIn(n int, b []byte) bool {
 	c.wmu.Lock() // no pong of the reader comes between
 	defer c.wmu.Unlock()
-	c.nc.SetWriteDeadline(time.Now().Add(patience))
+	c.nc.SetWriteDeadline(time.Now().Add(c.patience))
 	for piece := range slices.Chunk(b, max(n, 1)) {
 		if _, err := c.nc.Write(piece); err != nil {
 			return false
@@ -424,11 +412,11 @@ func (c *stressConn) sendClose(code int) {
 	}
 }
 
-func (c *stressConn) closeWrite() { c.nc.(stressSocket).CloseWrite() }
+func (c *stressConn) closeWrite() { c.nc.(*net.TCPConn).CloseWrite() }
 
 // sendReset makes the kernel send RST instead of FIN.
 func (c *stressConn) sendReset() {
-	c.nc.(stressSocket).SetLinger(0)
+	c.nc.(*net.TCPConn).SetLinger(0)
 	c.nc.Close()
 }
 
@@ -463,7 +451,7 @@ func (c *stressConn) read(got func(op byte, p []byte)) {
 				c.code, c.text = int(binary.BigEndian.Uint16(p)), string(p[2:])
 			}
 			c.send(opClose, p[:min(2, len(p))])
-			c.nc.SetReadDeadline(time.Now().Add(patience))
+			c.nc.SetReadDeadline(time.Now().Add(c.patience))
 			io.Copy(io.Discard, c.br)
 			return
 		}
@@ -545,9 +533,9 @@ func (d *stressDaemon) readMessages() {
 		var do string
 		d.s.locked(func() {
 			if e.CloseCode == nil {
-				do = d.checkMessage(e)
+				do = d.takeMessage(e)
 			} else {
-				d.checkNotice(e.ConnID, *e.CloseCode, e.Frame)
+				d.takeNotice(e.ConnID, *e.CloseCode, e.Frame)
 			}
 			if d.left--; d.left == 0 {
 				close(d.enough)
@@ -557,8 +545,8 @@ func (d *stressDaemon) readMessages() {
 	})
 }
 
-// checkMessage checks a phone's message, s.mu held, and returns what it asks for.
-func (d *stressDaemon) checkMessage(e wireEnvelope) (do string) {
+// takeMessage checks a phone's message, s.mu held, and returns what it asks for.
+func (d *stressDaemon) takeMessage(e wireEnvelope) (do string) {
 	s, fail := d.s, d.s.run.fail
 	p := s.byConn[e.ConnID]
 	if p == nil {
@@ -591,8 +579,8 @@ func (d *stressDaemon) checkMessage(e wireEnvelope) (do string) {
 	return m.Do
 }
 
-// checkNotice checks a close notice, s.mu held.
-func (d *stressDaemon) checkNotice(connID string, code int, frame []byte) {
+// takeNotice checks a close notice, s.mu held.
+func (d *stressDaemon) takeNotice(connID string, code int, frame []byte) {
 	s := d.s
 	p := s.byConn[connID]
 	switch {
