@@ -714,8 +714,8 @@ func TestCostGoroutinesPerConnection(t *testing.T) {
 func rawUpgrade(t *testing.T, nc net.Conn, path, id, more string) {
 	t.Helper()
 	nc.SetDeadline(time.Now().Add(patience))
-	_, err := io.WriteString(nc, "GET "+path+" HTTP/1.1\r\nHost: relay\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"+
-		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nX-Pyrycode-Version: 1\r\nX-Pyrycode-Server: "+id+"\r\nUser-Agent: raw\r\n"+more+"\r\n")
+	_, err := io.WriteString(nc, "GET "+path+" HTTP/1.1\r\nHost: relay\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
+		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nX-Pyrycode-Version: 1\r\nX-Pyrycode-Server: "+id+"\r\nUser-Agent: raw\r\n"+more+"\r\n")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -15,21 +15,34 @@ import (
 // hostile are messages that try to be more or less than one JSON value, or to
 // be read differently by two readers. They seed every target of this file.
 var hostile = []string{
-	``, ` `, `null`, `true`, `fals`, `nul`, `nullnull`, `0`, `-0`, `-`, `01`, `1.`, `.5`, `+1`, `1e`, `1e+`, `1E-07`, `-0.0e-0`, `NaN`, `0x10`,
+	``, ` `, `null`, `true`, `fals`, `nul`, `nullnull`, `0`, `-0`, `-`, `01`, `1.`, `.5`, `+1`, `1e`, `1e+`, `1E-07`, `-0.0e-0`, `NaN`,
+	`0x10`,
 	`12345678901234567890.12345678901234567890`, `1e666`, `-1E-999999`,
-	`""`, `"`, `"\"`, `"\\"`, `"\u12"`, `"\u123g"`, `"\ug123"`, `"\u00e9"`, `"\U0041"`, `"\x41"`, `'a'`, `"\ud800"`, `"\udc00\ud800"`, `"\ud83d\ude00"`,
-	"\"\xed\xa0\x80\"", "\"\xff\"", "\"\xc0\xaf\"", "\"\xf4\x90\x80\x80\"", "\"\xe2\x80", "\"\u2028\u2029\"", "\u2028\"a\"", "\u00a0\"a\"", "\uFEFF{}", "{}\uFEFF",
+	`""`, `"`, `"\"`, `"\\"`, `"\u12"`, `"\u123g"`, `"\ug123"`, `"\u00e9"`, `"\U0041"`, `"\x41"`, `'a'`, `"\ud800"`, `"\udc00\ud800"`,
+	`"\ud83d\ude00"`,
+	"\"\xed\xa0\x80\"", "\"\xff\"", "\"\xc0\xaf\"", "\"\xf4\x90\x80\x80\"", "\"\xe2\x80", "\"\u2028\u2029\"", "\u2028\"a\"", "\u00a0\"a\"",
+	"\uFEFF{}", "{}\uFEFF",
 	"\"\x00\"", "\x00", "{}\x00", "\"\x1f\"", "\"\x7f\"", "\"a\nb\"", "\v{}", "\t\r\n {} \n", "[1,\f2]",
-	`{}`, `[]`, `{`, `}`, `[`, `]`, `{]`, `[}`, `[[]`, `[]]`, `{"a":1]`, `[1}`, `[[1}]`, `[{"a":1]}`, `{}}`, `{}{}`, `{},{}`, `[1,]`, `[,1]`, `[1 2]`, `{"a"}`, `{"a":}`, `{"a":1,}`, `{a:1}`, `{1:1}`, `{"a":1 "b":2}`, `{"a"::1}`, `//x`, `{}/**/`,
-	`1,"conn_id":"victim"`, `1}{"conn_id":"victim","frame":1`, `1},{"conn_id":"victim"`, `{"x":1},"close_code":4401`, `"x","close_code":4401`, `]`, `"},"conn_id":"victim"`, `"\"},\"conn_id\":\"victim"`,
-	`{"conn_id":"victim","frame":1}`, `{"conn_id":"a","conn_id":"b","frame":1,"frame":2}`, `{"conn_id":"a","frame":null,"close_code":4401}`,
-	`{"conn_id":"a","frame":1,"close_code":4401,"close_code":null}`, `{"conn_id":"a","conn_id":1,"frame":1}`, `{"conn_id":"a","conn_id":null,"frame":1}`, `{"CONN_ID":"x","conn_id":"a","Frame":0,"frame":{"frame":[1]}}`,
-	`{"c\u006fnn_id":"a","frame":1}`, `{"conn_id":"\u0061","frame":1}`, `{"conn_id":"\ud800","frame":1}`, `{"conn_id":"a\u0000","frame":1}`, `{"conn_id\u0000":"a","frame":1}`, `{"":"a","frame":1}`,
-	`{"conn_id":"a","close_code":4401.0}`, `{"conn_id":"a","close_code":4.401e3}`, `{"conn_id":"a","close_code":"4401"}`, `{"conn_id":"a","close_code":-1}`, `{"conn_id":"a","close_code":1005}`,
-	`{"conn_id":"a","close_code":99999999999999999999}`, `{"conn_id":"a","close_code":true}`, `{"conn_id":"a","close_code":[4401]}`, `{"conn_id":"a","close_code":-0}`,
-	`{"conn_id":"a","frame":1,"close_code":0}`, `{"conn_id":"a","close_code":0}`, `{"conn_id":"a","frame":1,"close_code":4401,"close_code":0}`, `{"conn_id":"a","frame":1,"close_code":0.0}`,
-	`{"conn_id":"\u0061\n","frame":1}`, `{"conn_id":"\u00e9","frame":1}`, `{"\ufrme":1,"\u0063onn_id":"a","fram\u0065":1}`, `{"\\u0063onn_id":"a","frame":1}`,
-	`{"push_wake":{"token":"t"}}`, `{"push_wake":null}`, `{"push_wake":{},"conn_id":"a","frame":1}`, `{"push_wake":{},"conn_id":7}`, `[{"conn_id":"a","frame":1}]`, `{"conn_id":"a"}`, `{"frame":1}`,
+	`{}`, `[]`, `{`, `}`, `[`, `]`, `{]`, `[}`, `[[]`, `[]]`, `{"a":1]`, `[1}`, `[[1}]`, `[{"a":1]}`, `{}}`, `{}{}`, `{},{}`, `[1,]`,
+	`[,1]`, `[1 2]`, `{"a"}`, `{"a":}`, `{"a":1,}`, `{a:1}`, `{1:1}`, `{"a":1 "b":2}`, `{"a"::1}`, `//x`, `{}/**/`,
+	`1,"conn_id":"victim"`, `1}{"conn_id":"victim","frame":1`, `1},{"conn_id":"victim"`, `{"x":1},"close_code":4401`,
+	`"x","close_code":4401`, `]`, `"},"conn_id":"victim"`, `"\"},\"conn_id\":\"victim"`,
+	`{"conn_id":"victim","frame":1}`, `{"conn_id":"a","conn_id":"b","frame":1,"frame":2}`,
+	`{"conn_id":"a","frame":null,"close_code":4401}`,
+	`{"conn_id":"a","frame":1,"close_code":4401,"close_code":null}`, `{"conn_id":"a","conn_id":1,"frame":1}`,
+	`{"conn_id":"a","conn_id":null,"frame":1}`, `{"CONN_ID":"x","conn_id":"a","Frame":0,"frame":{"frame":[1]}}`,
+	`{"c\u006fnn_id":"a","frame":1}`, `{"conn_id":"\u0061","frame":1}`, `{"conn_id":"\ud800","frame":1}`,
+	`{"conn_id":"a\u0000","frame":1}`, `{"conn_id\u0000":"a","frame":1}`, `{"":"a","frame":1}`,
+	`{"conn_id":"a","close_code":4401.0}`, `{"conn_id":"a","close_code":4.401e3}`, `{"conn_id":"a","close_code":"4401"}`,
+	`{"conn_id":"a","close_code":-1}`, `{"conn_id":"a","close_code":1005}`,
+	`{"conn_id":"a","close_code":99999999999999999999}`, `{"conn_id":"a","close_code":true}`, `{"conn_id":"a","close_code":[4401]}`,
+	`{"conn_id":"a","close_code":-0}`,
+	`{"conn_id":"a","frame":1,"close_code":0}`, `{"conn_id":"a","close_code":0}`,
+	`{"conn_id":"a","frame":1,"close_code":4401,"close_code":0}`, `{"conn_id":"a","frame":1,"close_code":0.0}`,
+	`{"conn_id":"\u0061\n","frame":1}`, `{"conn_id":"\u00e9","frame":1}`, `{"\ufrme":1,"\u0063onn_id":"a","fram\u0065":1}`,
+	`{"\\u0063onn_id":"a","frame":1}`,
+	`{"push_wake":{"token":"t"}}`, `{"push_wake":null}`, `{"push_wake":{},"conn_id":"a","frame":1}`, `{"push_wake":{},"conn_id":7}`,
+	`[{"conn_id":"a","frame":1}]`, `{"conn_id":"a"}`, `{"frame":1}`,
 }
 
 // deep is n levels of arrays and objects in turn, innermost a 0.
@@ -258,7 +271,8 @@ func onlyEnvelope(t *testing.T, f memFrame) map[string]string {
 func TestEnvelopeLongStrings(t *testing.T) {
 	t.Parallel()
 	random := rand.New(rand.NewPCG(5, 6))
-	odd := []string{`"`, `\`, `\"`, `\\`, `\n`, `\u12fF`, `\u12g0`, "\x00", "\x1f", "\x20", "\x7f", "é", "\U0001F600", "\xff", "\xc3", "\xe2\x82"}
+	odd := []string{`"`, `\`, `\"`, `\\`, `\n`, `\u12fF`, `\u12g0`, "\x00",
+		"\x1f", "\x20", "\x7f", "é", "\U0001F600", "\xff", "\xc3", "\xe2\x82"}
 	for range 30_000 {
 		var b []byte
 		b = append(b, '"')
@@ -285,44 +299,47 @@ func escaped(s string) string {
 
 func TestEnvelopeParse(t *testing.T) {
 	t.Parallel()
-	for _, c := range []struct {
-		name, message string
-		connID, frame string
-		code          uint16
-		drop          dropReason
-	}{
-		{name: "frame", message: `{"conn_id":"a","frame":{"x":[1, 2]}}`, connID: "a", frame: `{"x":[1, 2]}`, drop: dropNone},
-		{name: "space around", message: " {\n\"frame\" : 1.0 ,\t\"conn_id\" : \"a\" }\r\n", connID: "a", frame: `1.0`, drop: dropNone},
-		{name: "unknown members", message: `{"token":"t","conn_id":"a","frame":0,"more":{"conn_id":"b"}}`, connID: "a", frame: `0`, drop: dropNone},
-		{name: "other case", message: `{"Conn_ID":"b","conn_id":"a","FRAME":1,"frame":0}`, connID: "a", frame: `0`, drop: dropNone},
-		{name: "duplicates", message: `{"conn_id":"b","frame":1,"conn_id":"a","frame":0}`, connID: "a", frame: `0`, drop: dropNone},
-		{name: "frame taken back", message: `{"conn_id":"a","frame":1,"frame":null}`, drop: dropNoFrame},
-		{name: "close_code 0, which is none", message: `{"conn_id":"a","frame":0,"close_code":0}`, connID: "a", frame: `0`, drop: dropNone},
-		{name: "close_code 0 and nothing else", message: `{"conn_id":"a","close_code":0}`, drop: dropNoFrame},
-		{name: "close_code taken back", message: `{"conn_id":"a","frame":0,"close_code":4401,"close_code":0}`, connID: "a", frame: `0`, drop: dropNone},
-		{name: "close only", message: `{"conn_id":"a","frame":null,"close_code":4401}`, connID: "a", code: 4401, drop: dropNone},
-		{name: "close without frame", message: `{"conn_id":"a","close_code":4426}`, connID: "a", code: 4426, drop: dropNone},
-		{name: "frame, then close", message: `{"conn_id":"a","frame":"x","close_code":4408}`, connID: "a", frame: `"x"`, code: 4408, drop: dropNone},
-		{name: "escaped name and id", message: `{"conn\u005fid":"\u0061","frame":0}`, connID: "a", frame: `0`, drop: dropNone},
-		{name: "names and an id in nothing but escapes", message: `{"` + escaped("conn_id") + `":"` + escaped(strings.Repeat("a", maxCompared)) + `","` +
-			escaped("close_code") + `":4401,"` + escaped("frame") + `":0}`, connID: strings.Repeat("a", maxCompared), frame: `0`, code: 4401, drop: dropNone},
-		{name: "names with more behind", message: `{"conn_id\u0020":"b","frame\n":1,"conn_id":"a","frame":0}`, connID: "a", frame: `0`, drop: dropNone},
-		{name: "fraction", message: `{"conn_id":"a","frame":0,"close_code":4401.0}`, drop: dropBadCloseCode},
-		{name: "code that must not be sent", message: `{"conn_id":"a","frame":0,"close_code":1006}`, drop: dropBadCloseCode},
-		{name: "code as text", message: `{"conn_id":"a","close_code":"4401"}`, drop: dropBadCloseCode},
-		{name: "conn_id of the wrong type", message: `{"conn_id":["a"],"frame":0}`, drop: dropNoConnID},
-		{name: "no conn_id", message: `{"frame":0}`, drop: dropNoConnID},
-		{name: "nothing to do", message: `{"conn_id":"a"}`, drop: dropNoFrame},
-		{name: "push wake", message: `{"push_wake":{"credential":"secret"}}`, drop: dropPushWake},
-		{name: "push wake with conn_id", message: `{"push_wake":{},"conn_id":"a","frame":0}`, connID: "a", frame: `0`, drop: dropNone},
-		{name: "array", message: `[{"conn_id":"a","frame":0}]`, drop: dropNotEnvelope},
-		{name: "two values", message: `{"conn_id":"a","frame":0}{}`, drop: dropNotEnvelope},
+	for _, c := range []struct{ name, message, want string }{
+		{"frame", `{"conn_id":"a","frame":{"x":[1, 2]}}`, `a {"x":[1, 2]}`},
+		{"space around", " {\n\"frame\" : 1.0 ,\t\"conn_id\" : \"a\" }\r\n", `a 1.0`},
+		{"unknown members", `{"token":"t","conn_id":"a","frame":0,"more":{"conn_id":"b"}}`, `a 0`},
+		{"other case", `{"Conn_ID":"b","conn_id":"a","FRAME":1,"frame":0}`, `a 0`},
+		{"duplicates", `{"conn_id":"b","frame":1,"conn_id":"a","frame":0}`, `a 0`},
+		{"frame taken back", `{"conn_id":"a","frame":1,"frame":null}`, dropNoFrame.String()},
+		{"close_code 0, which is none", `{"conn_id":"a","frame":0,"close_code":0}`, `a 0`},
+		{"close_code 0 and nothing else", `{"conn_id":"a","close_code":0}`, dropNoFrame.String()},
+		{"close_code taken back", `{"conn_id":"a","frame":0,"close_code":4401,"close_code":0}`, `a 0`},
+		{"close only", `{"conn_id":"a","frame":null,"close_code":4401}`, `a 4401`},
+		{"close without frame", `{"conn_id":"a","close_code":4426}`, `a 4426`},
+		{"frame, then close", `{"conn_id":"a","frame":"x","close_code":4408}`, `a "x" 4408`},
+		{"escaped name and id", `{"conn\u005fid":"\u0061","frame":0}`, `a 0`},
+		{"names and an id in nothing but escapes", `{"` + escaped("conn_id") + `":"` + escaped(strings.Repeat("a", maxCompared)) + `","` +
+			escaped("close_code") + `":4401,"` + escaped("frame") + `":0}`, strings.Repeat("a", maxCompared) + ` 0 4401`},
+		{"names with more behind", `{"conn_id\u0020":"b","frame\n":1,"conn_id":"a","frame":0}`, `a 0`},
+		{"fraction", `{"conn_id":"a","frame":0,"close_code":4401.0}`, dropBadCloseCode.String()},
+		{"code that must not be sent", `{"conn_id":"a","frame":0,"close_code":1006}`, dropBadCloseCode.String()},
+		{"code as text", `{"conn_id":"a","close_code":"4401"}`, dropBadCloseCode.String()},
+		{"conn_id of the wrong type", `{"conn_id":["a"],"frame":0}`, dropNoConnID.String()},
+		{"no conn_id", `{"frame":0}`, dropNoConnID.String()},
+		{"nothing to do", `{"conn_id":"a"}`, dropNoFrame.String()},
+		{"push wake", `{"push_wake":{"credential":"secret"}}`, dropPushWake.String()},
+		{"push wake with conn_id", `{"push_wake":{},"conn_id":"a","frame":0}`, `a 0`},
+		{"array", `[{"conn_id":"a","frame":0}]`, dropNotEnvelope.String()},
+		{"two values", `{"conn_id":"a","frame":0}{}`, dropNotEnvelope.String()},
 	} {
 		e, drop := parseEnvelope([]byte(c.message))
-		if drop != c.drop {
-			t.Errorf("%s: drop %d, want %d", c.name, drop, c.drop)
-		} else if drop == dropNone && (string(e.connID) != c.connID || string(e.frame) != c.frame || e.closeCode != c.code || e.hasClose != (c.code != 0)) {
-			t.Errorf("%s: %q %q %d %v", c.name, e.connID, e.frame, e.closeCode, e.hasClose)
+		got := string(e.connID)
+		if e.frame != nil {
+			got += " " + string(e.frame)
+		}
+		if e.hasClose {
+			got += fmt.Sprint(" ", e.closeCode)
+		}
+		if drop != dropNone {
+			got = drop.String()
+		}
+		if got != c.want {
+			t.Errorf("%s: got %s, want %s", c.name, got, c.want)
 		}
 	}
 }

@@ -98,7 +98,8 @@ func startRelayOn(t testing.TB, o options, ln net.Listener) *testRelay {
 	debug.logLevel = slog.LevelDebug
 	log := newLogger(r.logs, debug)
 	var err error
-	r.relay, err = newRelay(o, newIdentity(time.Now()), buildVersion{"test", "unknown", runtime.Version()}, new(instanceState), new(probeKeys), log)
+	build := buildVersion{"test", "unknown", runtime.Version()}
+	r.relay, err = newRelay(o, newIdentity(time.Now()), build, new(instanceState), new(probeKeys), log)
 	if err != nil {
 		t.Fatal(err)
 	}

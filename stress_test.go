@@ -217,7 +217,8 @@ func (run *stressRun) checkBooks() {
 	t, m := run.t, run.r.metrics
 	for name, n := range map[string]int64{
 		"connected binaries": m.connectedBinaries.Load(), "binaries in grace": m.binariesInGrace.Load(),
-		"connected phones": m.connectedPhones.Load(), "queued bytes": m.budget.used(), "connections": int64(run.r.count(roleBinary) + run.r.count(rolePhone)),
+		"connected phones": m.connectedPhones.Load(), "queued bytes": m.budget.used(),
+		"connections": int64(run.r.count(roleBinary) + run.r.count(rolePhone)),
 	} {
 		if n != 0 {
 			t.Errorf("%s: %d are left", name, n)
