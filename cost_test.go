@@ -375,12 +375,12 @@ func benchRegistry(b *testing.B, n int) {
 	var all []*conn
 	for i := range ids {
 		ids[i] = "standing-" + strconv.Itoa(i)
-		leg, m := memBinary(b, r.relay, ids[i])
+		bin, m := memBinary(b, r.relay, ids[i])
 		m.discard = true
 		ph, m := memPhone(b, r.relay, ids[i], "standing")
 		m.discard = true
 		phones[i] = ph
-		all = append(all, &ph.conn, &leg.conn)
+		all = append(all, &ph.conn, &bin.conn)
 	}
 	b.Cleanup(func() {
 		for _, c := range all {
@@ -398,13 +398,13 @@ func benchRegistry(b *testing.B, n int) {
 			id := "worker-" + strconv.FormatInt(worker.Add(1), 10)
 			w := r.newBatch()
 			for pb.Next() {
-				leg := newSession(r.relay, caller{role: roleBinary, addr: memAddr}, "worker")
-				leg.sock = &memSocket{discard: true}
-				if r.registry.claim(w, leg, id); leg.contends() {
-					b.Error("somebody else holds the id")
+				bin := newSession(r.relay, caller{role: roleBinary, addr: memAddr}, "worker")
+				bin.sock = &memSocket{discard: true}
+				if r.registry.claim(w, bin, id); bin.contends() {
+					b.Error("another binary holds the id")
 					return
 				}
-				r.registry.unregisterBinary(w, leg)
+				r.registry.unregisterBinary(w, bin)
 			}
 		})
 	})

@@ -58,8 +58,7 @@ func appendCloseNotice(dst []byte, connID string, code uint16) []byte {
 type envelope struct {
 	connID    []byte
 	frame     []byte // nil: absent or null
-	closeCode uint16
-	hasClose  bool
+	closeCode uint16 // 0: absent
 }
 
 // parseEnvelope checks a message of a binary and finds its members, in one
@@ -90,11 +89,11 @@ func parseEnvelope(b []byte) (e envelope, drop dropReason) {
 		if err != nil || code != 0 && !closeCodeAllowed(code) {
 			return e, dropBadCloseCode
 		}
-		e.closeCode, e.hasClose = uint16(code), code != 0
+		e.closeCode = uint16(code)
 	}
 	if m.frame.present() {
 		e.frame = m.frame.raw
-	} else if !e.hasClose {
+	} else if e.closeCode == 0 {
 		return e, dropNoFrame
 	}
 	return e, dropNone
@@ -154,21 +153,6 @@ func unescape(room, s []byte) []byte {
 	return room
 }
 
-// slot finds where a member's value belongs; nil for a name that is unknown.
-func (m *members) slot(name []byte) *member {
-	switch string(name) {
-	case "conn_id":
-		return &m.connID
-	case "frame":
-		return &m.frame
-	case "close_code":
-		return &m.closeCode
-	case "push_wake":
-		return &m.pushWake
-	}
-	return nil
-}
-
 // scanner walks JSON text (RFC 8259). Its methods take the index at which to
 // begin and return the one behind what they read, -1 where that is not JSON.
 type scanner struct {
@@ -217,8 +201,15 @@ func (s *scanner) members(m *members) int {
 		if end < 0 {
 			return -1
 		}
-		if to := m.slot(name); to != nil {
-			*to = member{s.b[i:end], s.escapes}
+		switch v := (member{s.b[i:end], s.escapes}); string(name) {
+		case "conn_id":
+			m.connID = v
+		case "frame":
+			m.frame = v
+		case "close_code":
+			m.closeCode = v
+		case "push_wake":
+			m.pushWake = v
 		}
 		switch i = s.space(end); s.at(i) {
 		case ',':

@@ -154,10 +154,10 @@ func oracleEnvelope(b []byte) (e envelope, drop dropReason) {
 		if json.Unmarshal(v, &code) != nil || code != 0 && !closeCodeAllowed(code) {
 			return e, dropBadCloseCode
 		}
-		e.closeCode, e.hasClose = uint16(code), code != 0
+		e.closeCode = uint16(code)
 	}
 	e.frame = members["frame"]
-	if e.frame == nil && !e.hasClose {
+	if e.frame == nil && e.closeCode == 0 {
 		return e, dropNoFrame
 	}
 	return e, dropNone
@@ -181,9 +181,9 @@ func FuzzParseEnvelope(f *testing.F) {
 			want.connID = nil // it names no phone, so it need not be decoded
 		}
 		if !bytes.Equal(got.connID, want.connID) || !bytes.Equal(got.frame, want.frame) || (got.frame == nil) != (want.frame == nil) ||
-			got.closeCode != want.closeCode || got.hasClose != want.hasClose {
-			t.Fatalf("%.300q: %q %.300q %v %d, encoding/json says %q %.300q %v %d", b,
-				got.connID, got.frame, got.hasClose, got.closeCode, want.connID, want.frame, want.hasClose, want.closeCode)
+			got.closeCode != want.closeCode {
+			t.Fatalf("%.300q: %q %.300q %d, encoding/json says %q %.300q %d", b,
+				got.connID, got.frame, got.closeCode, want.connID, want.frame, want.closeCode)
 		}
 		if !bytes.Equal(b, before) {
 			t.Fatalf("%.300q became %.300q", before, b)
@@ -332,7 +332,7 @@ func TestEnvelopeParse(t *testing.T) {
 		if e.frame != nil {
 			got += " " + string(e.frame)
 		}
-		if e.hasClose {
+		if e.closeCode != 0 {
 			got += fmt.Sprint(" ", e.closeCode)
 		}
 		if drop != dropNone {

@@ -612,7 +612,7 @@ func (s *session) toPhone(w *writeBatch, op byte, p []byte) {
 		s.drop(w, level, dropUnknownConn)
 		return
 	}
-	if env.hasClose {
+	if env.closeCode != 0 {
 		// Out of the server first: what the binary itself asks for has no notice.
 		w.relay.registry.remove(srv, ph)
 	}
@@ -630,7 +630,7 @@ func (s *session) toPhone(w *writeBatch, op byte, p []byte) {
 	switch {
 	case reason != endNone:
 		ph.startClose(w, reason)
-	case env.hasClose:
+	case env.closeCode != 0:
 		ph.startCloseWith(w, endBinaryDirective, env.closeCode, endBinaryDirective.String())
 	}
 }

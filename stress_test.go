@@ -374,13 +374,13 @@ func dialStress(r *testRelay, path string, h http.Header) (c *stressConn, refuse
 
 // dial is dialStress where only a limit that is reached, or the drain, may refuse:
 // then c is nil.
-func (run *stressRun) dial(who, path string, h http.Header) *stressConn {
+func (run *stressRun) dial(name, path string, h http.Header) *stressConn {
 	c, refused, err := dialStress(run.r, path, h)
 	switch {
 	case refused == http.StatusServiceUnavailable && run.tiny:
 		run.full.Add(1)
 	case refused != 0, err != nil && !run.ending.Load():
-		run.fail("%s: upgrade: %d, %v", who, refused, err)
+		run.fail("%s: upgrade: %d, %v", name, refused, err)
 	}
 	return c
 }
@@ -1210,8 +1210,8 @@ type claimRound struct {
 // claimDaemon answers pings until its path is lost.
 type claimDaemon struct {
 	*stressConn
-	leg *session
-	got chan string
+	session *session
+	got     chan string
 }
 
 func (l *claimRound) note(format string, args ...any) {
@@ -1250,8 +1250,8 @@ func (l *claimRound) connect(name string) *claimDaemon {
 	}
 	srv := v.(*server)
 	srv.mu.Lock()
-	if d.leg = srv.binary; len(srv.contenders) > 0 {
-		d.leg = srv.contenders[len(srv.contenders)-1]
+	if d.session = srv.binary; len(srv.contenders) > 0 {
+		d.session = srv.contenders[len(srv.contenders)-1]
 	}
 	srv.mu.Unlock()
 	go d.read(func(_ byte, p []byte) { d.got <- string(p) })
@@ -1327,7 +1327,7 @@ func (l *claimRound) wantRefused(name string, d *claimDaemon) {
 
 // wantHolder checks that d comes to hold the id, stays, and is what a phone reaches.
 func (l *claimRound) wantHolder(d *claimDaemon) {
-	for start := time.Now(); l.r.holder(l.id) != d.leg && !isClosed(d.done); time.Sleep(20 * time.Millisecond) {
+	for start := time.Now(); l.r.holder(l.id) != d.session && !isClosed(d.done); time.Sleep(20 * time.Millisecond) {
 		// Its turn comes one challenge after it came, and a sweep or two.
 		if since := time.Since(start); since > 3*claimTimeout {
 			l.fail("the live daemon does not hold the id after %v", since)
