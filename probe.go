@@ -300,7 +300,7 @@ func (p *probe) certificate(state *tls.ConnectionState, took string) {
 	p.add(s)
 }
 
-// meet counts who answered, if anybody did.
+// meet counts the relay that answered, if one did.
 func (p *probe) meet(t *dialTrace) {
 	if !t.answer.named {
 		if t.answer.code != 0 {
@@ -395,7 +395,7 @@ func (p *probe) large(phone *wsPeer) {
 	p.pass("large frame", "200 KiB there and back in "+brief(time.Since(began)))
 }
 
-// instances says who answered, the oldest first.
+// instances tells which relays answered, the oldest first.
 func (p *probe) instances() {
 	met := p.report.Instances
 	slices.SortFunc(met, func(a, b probeInstance) int { return cmp.Or(a.Started.Compare(b.Started), cmp.Compare(a.ID, b.ID)) })
@@ -640,7 +640,7 @@ type answer struct {
 	text   string // the first line of a refusal
 
 	who   identity // the relay that gave the answer
-	named bool     // it says who it is
+	named bool     // it gives its name
 	what  standing // of that relay
 	told  bool     // it says that, which older ones do not
 }
@@ -958,16 +958,20 @@ func (c *wsPeer) close() {
 	c.nc.Close()
 }
 
-// ---- what a failure means, in the words of those who have to repair it ----
+// ---- what a failure means, in the words of an operator ----
 
 // diagnosis is something that is wrong, and what to do about it.
 type diagnosis struct{ what, remedy string }
 
 // diagnose tells what a failed dial, or a session's early end, means.
 func diagnose(base *url.URL, t *dialTrace, err error) (d diagnosis) {
+	notFound, _ := errors.AsType[*net.DNSError](err)
 	switch {
+	case t.step == stepDNS && notFound != nil && notFound.IsNotFound:
+		d = diagnosis{fmt.Sprintf("the name %s is not known here", base.Hostname()), "correct the name, or give it an A or AAAA record; " +
+			"a home network may answer for other names than the world does (split DNS)"}
 	case t.step == stepDNS:
-		d = diagnoseDNS(base, err)
+		d = diagnosis{fmt.Sprintf("looking up %s failed: %v", base.Hostname(), err), "check this machine's resolver (/etc/resolv.conf)"}
 	case t.step == stepTCP:
 		d = diagnoseTCP(err)
 	case t.step == stepTLS:
@@ -984,14 +988,6 @@ func diagnose(base *url.URL, t *dialTrace, err error) (d diagnosis) {
 	}
 	d.what = plain(d.what)
 	return d
-}
-
-func diagnoseDNS(base *url.URL, err error) diagnosis {
-	if d, ok := errors.AsType[*net.DNSError](err); ok && d.IsNotFound {
-		return diagnosis{fmt.Sprintf("the name %s is not known here", base.Hostname()),
-			"correct the name, or give it an A or AAAA record; a home network may answer for other names than the world does (split DNS)"}
-	}
-	return diagnosis{fmt.Sprintf("looking up %s failed: %v", base.Hostname(), err), "check this machine's resolver (/etc/resolv.conf)"}
 }
 
 func diagnoseTCP(err error) diagnosis {

@@ -23,12 +23,12 @@ import (
 	"time"
 )
 
-// What keeps a second relay from running unnoticed: who this process is, the
+// What keeps a second relay from running unnoticed: the identity of each process, the
 // instance lock on this host, and the check of the public name across hosts. What
 // a second relay does: docs/architecture.md, Single-instance constraint.
 
 const (
-	// instanceHeader is in every answer of the WebSocket endpoints: who gave it.
+	// instanceHeader is in every answer of the WebSocket endpoints: the relay that gave it.
 	instanceHeader = "X-Pyrycode-Relay-Instance"
 	// standingHeader is beside it: what decides which of two relays stays. It is a
 	// header of its own, because older relays read the other to its end.
@@ -171,8 +171,7 @@ func (p *probeKeys) withdraw(nonce string) (used bool) {
 // The first guard against a second relay: one port on this host that only one
 // process can bind. The kernel makes that atomic, whatever the user, the working
 // directory or a stale file says, and gives the port back when its holder dies,
-// however it dies. What a second relay does unnoticed: docs/architecture.md,
-// Single-instance constraint.
+// however it dies.
 
 const (
 	// lockAnswerTime bounds one conversation with the holder. A holder under
@@ -230,7 +229,7 @@ type instanceLock struct {
 	info atomic.Pointer[func() lockInfo]
 }
 
-// heldError says who holds the lock in our place.
+// heldError tells what holds the lock in this relay's place.
 type heldError struct {
 	addr    string
 	holder  *lockInfo // nil: not a relay, or not one that says so
@@ -260,7 +259,7 @@ func (e *heldError) Error() string {
 		programName, h.Version, h.PID, h.Listen, h.up(time.Now()).Round(time.Second), h.Servers, state, e.addr, bypassName)
 }
 
-// listenerCommand shows who listens on a port of this host.
+// listenerCommand is a command that shows what listens on a port of this host.
 func listenerCommand(port string) string {
 	if runtime.GOOS == "linux" {
 		return "ss -ltnp 'sport = :" + port + "'"
@@ -269,7 +268,7 @@ func listenerCommand(port string) string {
 }
 
 // lockInstance binds addr and answers there with info until Close. A *heldError
-// tells who was first.
+// tells what was first.
 func lockInstance(addr string, info lockInfo) (*instanceLock, error) {
 	for tries := 1; ; tries++ {
 		ln, err := net.Listen("tcp", addr)
@@ -290,7 +289,7 @@ func lockInstance(addr string, info lockInfo) (*instanceLock, error) {
 	}
 }
 
-// askHolder asks whoever holds addr who it is. gone: it has let go, as it seems.
+// askHolder asks the holder of addr what it is. gone: it has let go, as it seems.
 func askHolder(addr string) (held *heldError, gone bool) {
 	held = &heldError{addr: addr}
 	var b []byte
@@ -340,15 +339,15 @@ func (l *instanceLock) serving(r *relay, listen, admin string) {
 	})
 }
 
-// serve answers until Close. The line fits in a new socket's buffer, so that nobody
-// who asks and doesn't read is waited for.
+// serve answers until Close. The line fits in a new socket's buffer, so that an asker
+// that doesn't read holds up nobody.
 func (l *instanceLock) serve() {
 	for {
 		nc, err := l.ln.Accept()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
-		if err != nil { // out of descriptors: those who ask wait meanwhile
+		if err != nil { // out of descriptors: askers wait meanwhile
 			time.Sleep(50 * time.Millisecond)
 			continue
 		}
@@ -385,9 +384,9 @@ func checkPlatform(o options, env map[string]string) error {
 // ---- the check of the public name ----
 
 // The second guard against a second relay, across hosts: this one asks its own
-// public name who answers there (-public-url). What is found is a verdict for
-// the log, /healthz and /metrics; only an older relay behind the same name, seen
-// again and again, ends this process.
+// public name (-public-url) which relay answers there. What it finds is a verdict for
+// the log, /healthz and /metrics; only another relay that is to stay, seen again and
+// again, ends this process.
 
 const (
 	firstJoins = 8 // phones in the first round
@@ -396,9 +395,23 @@ const (
 	// stay must be seen before this one gives way: a rolling update overlaps for
 	// seconds.
 	splitRounds = 3
-	// splitDoubts is for how many times checkPace.over it counts who holds binaries
-	// of users: one that comes and goes must not keep two relays for ever.
+	// splitDoubts is for how many times checkPace.over claims of users' binaries count:
+	// a binary that comes and goes must not keep two relays for ever.
 	splitDoubts = 4
+
+	// maxClaims is how many server-ids are tried until a claim lands here. A
+	// balancer that sticks by server-id brings every other one to the other of
+	// two relays, which is no fault as long as phones follow; with four relays
+	// one round in a hundred has no claim here.
+	maxClaims = 16
+	// maxMisses is how many claims may reach no relay at all.
+	maxMisses = 3
+	// elsewhereJoins are the phones that look whether they follow a claim on
+	// another relay, for the first elsewhereLooks of such claims.
+	elsewhereJoins = 2
+	elsewhereLooks = 4
+	// longestPause is what two connections are apart at the most.
+	longestPause = 150 * time.Millisecond
 )
 
 // checkPace is when the public name is checked.
@@ -440,15 +453,19 @@ func paceFrom(env map[string]string) (checkPace, error) {
 // publicCheck checks the public name until its context ends.
 type publicCheck struct {
 	// Set at the start.
-	me     identity
-	began  time.Time // when it started, by the monotonic clock
-	url    string
-	bypass bool
-	pace   checkPace
-	state  *instanceState
-	log    *slog.Logger
-	round  func(ctx context.Context, joins int) roundResult
-	leave  chan error // says that this process must give way
+	me       identity
+	began    time.Time       // when it started, by the monotonic clock
+	standing func() standing // of this relay, at any moment
+	keys     *probeKeys
+	url      string
+	dialer   dialer
+	bypass   bool
+	pace     checkPace
+	pause    time.Duration // at most, between two connections
+	state    *instanceState
+	log      *slog.Logger
+	round    func(ctx context.Context, joins int) roundResult // look
+	leave    chan error                                       // says that this process must give way
 
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
@@ -469,18 +486,15 @@ type observation struct {
 // startPublicCheck starts the check, if there is a -public-url.
 func startPublicCheck(o options, r *relay) *publicCheck {
 	c := &publicCheck{
-		me: r.id, began: r.started, bypass: o.bypass, pace: o.checkPace, state: r.instance, log: r.log, leave: make(chan error, 1),
+		me: r.id, began: r.started, standing: r.standing, keys: r.probes, bypass: o.bypass, pace: o.checkPace,
+		pause: min(o.checkPace.again/10, longestPause), state: r.instance, log: r.log, leave: make(chan error, 1),
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	c.cancel = cancel
 	if o.publicURL == nil {
 		return c
 	}
-	c.url = o.publicURL.String()
-	path := &publicPath{
-		me: r.id, standing: r.standing, keys: r.probes, pause: min(o.checkPace.again/10, longestPause), dialer: dialer{base: o.publicURL},
-	}
-	c.round = path.round
+	c.url, c.dialer.base, c.round = o.publicURL.String(), o.publicURL, c.look
 	c.state.public.Store(uint32(publicPending))
 	c.wg.Go(func() { c.run(ctx) })
 	return c
@@ -558,10 +572,10 @@ type rival struct {
 // sameAge is the difference between ages that two relays do not argue about.
 const sameAge = time.Second
 
-// prevails reports whether the other relay is the one to stay, and why. Both come
-// to the same result, whatever their clocks say of the date: who holds binaries of
-// users, unless the ages alone are to count, then who has run for longer, then the
-// smaller id.
+// prevails reports whether the other relay is the one to stay, and why. Both come to
+// the same result, whatever their clocks say of the date: the one with binaries of
+// users stays, unless the ages alone are to count, then the one that has run for
+// longer, then the smaller id.
 func (o *rival) prevails(me identity, agesAlone bool) (stays bool, why string) {
 	switch ahead := o.mine.age - o.theirs.age; {
 	case !o.told: // it goes by the dates, so this one has to
@@ -591,7 +605,7 @@ func (o *rival) age(now time.Time) time.Duration {
 // not older than half of that. So of two that are about to, one knows it of the
 // other, and there only the greater id leaves. Nor do both stay: each takes its own
 // age at the least, so in doubt both yield; and what changes meanwhile, which is
-// who holds users' binaries, counts for splitDoubts times c.pace.over only.
+// where users' binaries are, counts for splitDoubts times c.pace.over only.
 func (c *publicCheck) sight(others []rival, now time.Time) error {
 	if c.seen == nil {
 		c.seen = map[string]*observation{}
@@ -688,42 +702,17 @@ func names(others []rival) string {
 // 4404 while the claim is held is the failure that is looked for; instanceHeader
 // tells which relay gave an answer.
 
-const (
-	// maxClaims is how many server-ids are tried until a claim lands here. A
-	// balancer that sticks by server-id brings every other one to the other of
-	// two relays, which is no fault as long as phones follow; with four relays
-	// one round in a hundred has no claim here.
-	maxClaims = 16
-	// maxMisses is how many claims may reach no relay at all.
-	maxMisses = 3
-	// elsewhereJoins are the phones that look whether they follow a claim on
-	// another relay, for the first elsewhereLooks of such claims.
-	elsewhereJoins = 2
-	elsewhereLooks = 4
-	// longestPause is what two connections are apart at the most.
-	longestPause = 150 * time.Millisecond
-)
-
-// publicPath is the way through the public name.
-type publicPath struct {
-	me       identity
-	standing func() standing // of this relay
-	keys     *probeKeys
-	pause    time.Duration // at most, between two connections
-	dialer   dialer
-}
-
 // outcome is what one connection reached, as the verdict that it alone would give.
 type outcome struct {
 	verdict   publicVerdict
-	who       rival     // of publicSplit; zero if it does not say
+	other     rival     // of publicSplit; zero if it does not give its name
 	diagnosis diagnosis // of publicNotARelay and publicUnreachable
 }
 
 // roundResult is what one round found.
 type roundResult struct {
 	verdict   publicVerdict // verified, split, not-a-relay or unreachable
-	others    []rival       // of a split: who else answers, the oldest first, without those that do not say who they are
+	others    []rival       // of a split: the other relays that give their names, the oldest first
 	diagnosis diagnosis     // of the rest
 	joins     int           // phones that tried
 	failed    int           // of them
@@ -735,16 +724,16 @@ func (f *roundResult) add(r outcome) {
 	if r.verdict != publicVerified && (f.verdict == publicVerified || r.verdict < f.verdict) {
 		f.verdict, f.diagnosis = r.verdict, r.diagnosis
 	}
-	if r.who.id != "" {
+	if r.other.id != "" {
 		now := time.Now()
-		f.others = slices.DeleteFunc(f.others, func(o rival) bool { return o.id == r.who.id })
-		f.others = append(f.others, r.who)
+		f.others = slices.DeleteFunc(f.others, func(o rival) bool { return o.id == r.other.id })
+		f.others = append(f.others, r.other)
 		slices.SortFunc(f.others, func(a, b rival) int { return cmp.Compare(b.age(now), a.age(now)) })
 	}
 }
 
-// round looks once, with a number of phones.
-func (p *publicPath) round(ctx context.Context, joins int) roundResult {
+// look makes one round, with a number of phones.
+func (c *publicCheck) look(ctx context.Context, joins int) roundResult {
 	f := roundResult{verdict: publicVerified}
 	var elsewhere []outcome
 	for misses := 0; len(elsewhere)+misses < maxClaims && misses < maxMisses && ctx.Err() == nil; {
@@ -752,7 +741,7 @@ func (p *publicPath) round(ctx context.Context, joins int) roundResult {
 		if len(elsewhere) >= elsewhereLooks {
 			follow = 0
 		}
-		switch r := p.tryID(ctx, joins, follow, &f); {
+		switch r := c.tryID(ctx, joins, follow, &f); {
 		case r.verdict == publicVerified:
 			return f
 		case r.verdict != publicSplit:
@@ -764,7 +753,7 @@ func (p *publicPath) round(ctx context.Context, joins int) roundResult {
 		default:
 			elsewhere = append(elsewhere, r)
 		}
-		p.rest(ctx)
+		c.rest(ctx)
 	}
 	for _, r := range elsewhere {
 		f.add(r)
@@ -775,18 +764,18 @@ func (p *publicPath) round(ctx context.Context, joins int) roundResult {
 // tryID claims a new server-id and joins it, with so many phones if the claim is
 // held here, and so many if it is elsewhere. It returns what the claim reached; what
 // the phones do goes into f.
-func (p *publicPath) tryID(ctx context.Context, joins, follow int, f *roundResult) outcome {
-	h := newHousehold(p.open)
+func (c *publicCheck) tryID(ctx context.Context, joins, follow int, f *roundResult) outcome {
+	h := newHousehold(c.open)
 	defer h.close()
 	t, err := h.hold(ctx)
-	at := p.reached(t, err)
+	at := c.reached(t, err)
 	switch {
 	case at.verdict == publicVerified && t.step == stepSession && err != nil: // it leads here, and frames are lost on the way
-		return outcome{verdict: publicUnreachable, diagnosis: diagnose(p.dialer.base, t, err)}
+		return outcome{verdict: publicUnreachable, diagnosis: diagnose(c.dialer.base, t, err)}
 	case at.verdict == publicVerified:
 		for range joins {
-			p.rest(ctx)
-			r := p.join(ctx, h, true)
+			c.rest(ctx)
+			r := c.join(ctx, h, true)
 			f.add(r)
 			f.joins++
 			if r.verdict != publicVerified {
@@ -795,11 +784,11 @@ func (p *publicPath) tryID(ctx context.Context, joins, follow int, f *roundResul
 		}
 	case at.verdict == publicSplit:
 		for range follow {
-			p.rest(ctx)
-			switch r := p.join(ctx, h, false); {
+			c.rest(ctx)
+			switch r := c.join(ctx, h, false); {
 			case r.verdict == publicVerified:
 				f.add(outcome{verdict: publicSplit}) // the claim is over there, and this phone is here
-			case r.verdict == publicSplit && r.who.id != at.who.id:
+			case r.verdict == publicSplit && r.other.id != at.other.id:
 				f.add(r)
 			}
 		}
@@ -808,18 +797,18 @@ func (p *publicPath) tryID(ctx context.Context, joins, follow int, f *roundResul
 }
 
 // join is one phone. Where the claim is here, its frame must come there and back.
-func (p *publicPath) join(ctx context.Context, h *household, here bool) outcome {
+func (c *publicCheck) join(ctx context.Context, h *household, here bool) outcome {
 	phone, t, err := h.join(ctx)
 	if phone != nil {
 		defer phone.close()
 	}
-	switch r := p.reached(t, err); {
+	switch r := c.reached(t, err); {
 	case phone == nil, !here, h.claim == nil, r.verdict == publicSplit:
 		return r
 	case err == nil: // whatever became of the header: the frame was here
 		return outcome{verdict: publicVerified}
 	case r.verdict == publicVerified:
-		return outcome{verdict: publicUnreachable, diagnosis: diagnose(p.dialer.base, t, err)}
+		return outcome{verdict: publicUnreachable, diagnosis: diagnose(c.dialer.base, t, err)}
 	case h.astray(err):
 		return outcome{verdict: publicSplit}
 	default:
@@ -828,43 +817,43 @@ func (p *publicPath) join(ctx context.Context, h *household, here bool) outcome 
 }
 
 // open dials with a nonce of its own.
-func (p *publicPath) open(ctx context.Context, role role, serverID string) (*wsPeer, *dialTrace, error) {
-	nonce := p.keys.issue(serverID)
-	peer, t, err := p.dialer.dial(ctx, role, serverID, nonce)
-	t.nonce = p.keys.withdraw(nonce)
+func (c *publicCheck) open(ctx context.Context, role role, serverID string) (*wsPeer, *dialTrace, error) {
+	nonce := c.keys.issue(serverID)
+	peer, t, err := c.dialer.dial(ctx, role, serverID, nonce)
+	t.nonce = c.keys.withdraw(nonce)
 	return peer, t, err
 }
 
 // reached tells which relay got a request.
-func (p *publicPath) reached(t *dialTrace, err error) outcome {
+func (c *publicCheck) reached(t *dialTrace, err error) outcome {
 	a := t.answer
-	here := a.named && a.who.id == p.me.id || !a.named && t.nonce // a proxy may take the header away
+	here := a.named && a.who.id == c.me.id || !a.named && t.nonce // a proxy may take the header away
 	switch {
 	case a.code == 0, here && (a.code == http.StatusBadRequest || a.code == http.StatusUpgradeRequired):
 		// Peers get no further: something on the way takes their headers away.
-		return outcome{verdict: publicUnreachable, diagnosis: diagnose(p.dialer.base, t, err)}
+		return outcome{verdict: publicUnreachable, diagnosis: diagnose(c.dialer.base, t, err)}
 	case here:
 		return outcome{verdict: publicVerified}
 	case a.named:
-		o := rival{identity: a.who, asked: a.asked, told: a.told, theirs: a.what, mine: p.standing()}
+		o := rival{identity: a.who, asked: a.asked, told: a.told, theirs: a.what, mine: c.standing()}
 		o.mine.age -= time.Since(a.asked)
-		return outcome{verdict: publicSplit, who: o}
+		return outcome{verdict: publicSplit, other: o}
 	}
 	if t.step == stepSession {
 		err = fmt.Errorf("%s comes without %s: a relay of an older version, or a proxy that takes that header away",
 			quote(a.status), instanceHeader)
 	}
-	return outcome{verdict: publicNotARelay, diagnosis: diagnose(p.dialer.base, t, err)}
+	return outcome{verdict: publicNotARelay, diagnosis: diagnose(c.dialer.base, t, err)}
 }
 
 // rest is a pause of random length, so that of two relays that check at the same
 // time behind a round robin each does not get just its own.
-func (p *publicPath) rest(ctx context.Context) {
-	if p.pause <= 0 {
+func (c *publicCheck) rest(ctx context.Context) {
+	if c.pause <= 0 {
 		return
 	}
 	select {
-	case <-time.After(mrand.N(p.pause)):
+	case <-time.After(mrand.N(c.pause)):
 	case <-ctx.Done():
 	}
 }

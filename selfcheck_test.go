@@ -910,8 +910,8 @@ func TestPaceFrom(t *testing.T) {
 // lookFrom makes one round as r does, through addr.
 func lookFrom(t *testing.T, r *testRelay, addr string, joins int) roundResult {
 	t.Helper()
-	p := &publicPath{me: r.id, standing: r.standing, keys: r.probes, dialer: dialer{base: &url.URL{Scheme: "ws", Host: addr}}}
-	f := p.round(t.Context(), joins)
+	c := &publicCheck{me: r.id, standing: r.standing, keys: r.probes, dialer: dialer{base: &url.URL{Scheme: "ws", Host: addr}}}
+	f := c.look(t.Context(), joins)
 	r.probes.serverIDs.Range(func(nonce, id any) bool {
 		t.Errorf("the nonce %v for %v outlives its round", nonce, id)
 		return true
@@ -1232,7 +1232,7 @@ func wantNoCheck(t *testing.T) {
 	t.Helper()
 	stacks := make([]byte, 1<<20)
 	stacks = stacks[:runtime.Stack(stacks, true)]
-	for _, method := range []string{"(*wsPeer)", "(*publicPath)", "(*publicCheck)"} {
+	for _, method := range []string{"(*wsPeer)", "(*household)", "(*publicCheck)"} {
 		if bytes.Contains(stacks, []byte(method)) {
 			t.Errorf("a goroutine in a method of %s is left", method)
 		}
