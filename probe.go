@@ -687,7 +687,6 @@ func (d *dialer) dial(ctx context.Context, role role, serverID, nonce string) (*
 			return err
 		},
 	}
-	d.n++
 	for t.step < stepSession {
 		began := time.Now()
 		bounded, cancel := context.WithTimeout(ctx, stepTime)
@@ -726,10 +725,12 @@ func (d *dialer) connect(ctx context.Context, addrs []netip.Addr) (net.Conn, err
 	if len(addrs) > 1 {
 		patience = addrTime
 	}
+	first := d.n
+	d.n++
 	var failed error
 	for i := range addrs {
 		nd := net.Dialer{Timeout: patience, KeepAlive: -1}
-		nc, err := nd.DialContext(ctx, "tcp", net.JoinHostPort(addrs[(d.n+i)%len(addrs)].String(), port))
+		nc, err := nd.DialContext(ctx, "tcp", net.JoinHostPort(addrs[(first+i)%len(addrs)].String(), port))
 		if err == nil {
 			return nc, nil
 		}

@@ -3,13 +3,11 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"cmp"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
 	"crypto/tls"
 	"crypto/x509"
-	"crypto/x509/pkix"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -230,52 +228,26 @@ func byServer(addrs ...string) picker {
 	}
 }
 
-// authority makes certificates that only its own clients trust.
-type authority struct {
-	t    *testing.T
-	key  *ecdsa.PrivateKey
-	cert *x509.Certificate
-}
-
-func newAuthority(t *testing.T) *authority {
+// selfSigned is a server's configuration with a certificate for a name, of which so
+// much of its whole life is left. Clients with pool trust it.
+func selfSigned(t *testing.T, pool *x509.CertPool, name string, life, left time.Duration) *tls.Config {
 	t.Helper()
-	a := &authority{t: t}
-	a.key, a.cert = a.make(&x509.Certificate{
-		Subject: pkix.Name{CommonName: "test authority"}, IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-		NotBefore: time.Now().Add(-1000 * time.Hour), NotAfter: time.Now().Add(10000 * time.Hour),
-	})
-	return a
-}
-
-func (a *authority) make(c *x509.Certificate) (*ecdsa.PrivateKey, *x509.Certificate) {
-	a.t.Helper()
 	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
 	if err != nil {
-		a.t.Fatal(err)
+		t.Fatal(err)
 	}
-	c.SerialNumber = big.NewInt(1)
-	der, err := x509.CreateCertificate(rand.Reader, c, cmp.Or(a.cert, c), key.Public(), cmp.Or(a.key, key))
+	c := &x509.Certificate{
+		SerialNumber: big.NewInt(1), DNSNames: []string{name}, NotBefore: time.Now().Add(left - life), NotAfter: time.Now().Add(left),
+	}
+	der, err := x509.CreateCertificate(rand.Reader, c, c, key.Public(), key)
 	if err != nil {
-		a.t.Fatal(err)
+		t.Fatal(err)
 	}
-	cert, err := x509.ParseCertificate(der)
-	if err != nil {
-		a.t.Fatal(err)
+	if c, err = x509.ParseCertificate(der); err != nil {
+		t.Fatal(err)
 	}
-	return key, cert
-}
-
-// server is a server's configuration for a name, with a certificate of which so much
-// of its whole life is left.
-func (a *authority) server(name string, life, left time.Duration) *tls.Config {
-	key, cert := a.make(&x509.Certificate{DNSNames: []string{name}, NotBefore: time.Now().Add(left - life), NotAfter: time.Now().Add(left)})
-	return &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{cert.Raw}, PrivateKey: key}}}
-}
-
-func (a *authority) client() *tls.Config {
-	pool := x509.NewCertPool()
-	pool.AddCert(a.cert)
-	return &tls.Config{RootCAs: pool}
+	pool.AddCert(c)
+	return &tls.Config{Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}}
 }
 
 // ---- the command ----
@@ -314,9 +286,9 @@ func (r *probeRun) step(name string) probeStep {
 // TestProbeGood: every step of a good relay is told, with its figures.
 func TestProbeGood(t *testing.T) {
 	t.Parallel()
-	ca := newAuthority(t)
+	pool := x509.NewCertPool()
 	r := startRelay(t, testOptions())
-	secured := startBalancer(t, ca.server("localhost", 1900*time.Hour, 1000*time.Hour), always(r.addr))
+	secured := startBalancer(t, selfSigned(t, pool, "localhost", 1900*time.Hour, 1000*time.Hour), always(r.addr))
 	for _, tt := range []struct{ target, dns, tcp, tls string }{
 		{"ws://" + r.addr, "127.0.0.1 is an address", "connected to " + r.addr, "ws:// has none"},
 		{"wss://" + onLocalhost(secured.addr), "localhost is ", "connected to 127.0.0.1:",
@@ -324,7 +296,7 @@ func TestProbeGood(t *testing.T) {
 	} {
 		t.Run(tt.target[:3], func(t *testing.T) {
 			t.Parallel()
-			p := runSteps(t, tt.target, probe{dialer: dialer{tls: ca.client()}, n: 5, idle: 50 * time.Millisecond})
+			p := runSteps(t, tt.target, probe{dialer: dialer{tls: &tls.Config{RootCAs: pool}}, n: 5, idle: 50 * time.Millisecond})
 			want := [][2]string{
 				{"dns", tt.dns}, {"tcp", tt.tcp}, {"tls", tt.tls},
 				{"upgrade", "HTTP/1.1 101 Switching Protocols"}, {"headers", "x-pyrycode-relay-instance comes back"},
@@ -361,7 +333,7 @@ func TestProbeGood(t *testing.T) {
 func TestProbeWarns(t *testing.T) {
 	t.Parallel()
 	const day = 24 * time.Hour
-	ca := newAuthority(t)
+	pool := x509.NewCertPool()
 	r := startRelay(t, testOptions())
 	nameless := startBalancer(t, nil, always(r.addr))
 	nameless.reply = without(instanceHeader)
@@ -377,8 +349,8 @@ func TestProbeWarns(t *testing.T) {
 		{900*time.Hour + 13*day, 13 * day, "for 12 days"}, {90 * day, 29 * day, "for 28 days"}, {6 * day, 47 * time.Hour, "for 46h"},
 		{6 * day, 5 * day, ""}, {6 * day, 49 * time.Hour, ""}, {45 * day, 16 * day, ""}, {90 * day, 31 * day, ""},
 	} {
-		b := startBalancer(t, ca.server("localhost", tt.life, tt.left), always(r.addr))
-		p := runSteps(t, "wss://"+onLocalhost(b.addr), probe{dialer: dialer{tls: ca.client()}, n: 2})
+		b := startBalancer(t, selfSigned(t, pool, "localhost", tt.life, tt.left), always(r.addr))
+		p := runSteps(t, "wss://"+onLocalhost(b.addr), probe{dialer: dialer{tls: &tls.Config{RootCAs: pool}}, n: 2})
 		want, remedy := stepOK, ""
 		if tt.warning != "" {
 			want, remedy = stepWarn, "renew the certificate now, and find out why that did not happen by itself"
@@ -393,7 +365,7 @@ func TestProbeWarns(t *testing.T) {
 // its own.
 func TestProbeFails(t *testing.T) {
 	t.Parallel()
-	ca := newAuthority(t)
+	pool := x509.NewCertPool()
 	relay := startRelay(t, testOptions())
 	small := testOptions()
 	small.maxFrame = 64 << 10
@@ -407,7 +379,7 @@ func TestProbeFails(t *testing.T) {
 		return through(func(b *balancer) { b.idle, b.farewell = time.Second, farewell })
 	}
 	secured := func(left time.Duration, name string) string {
-		return "wss://" + onLocalhost(startBalancer(t, ca.server(name, 900*time.Hour+left, left), always(relay.addr)).addr)
+		return "wss://" + onLocalhost(startBalancer(t, selfSigned(t, pool, name, 900*time.Hour+left, left), always(relay.addr)).addr)
 	}
 	twoRelays := func() string {
 		return "ws://" + startBalancer(t, nil, inTurn(relay.addr, startRelay(t, testOptions()).addr)).addr
@@ -463,7 +435,7 @@ func TestProbeFails(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			how := probe{dialer: dialer{tls: ca.client()}, n: 4}
+			how := probe{dialer: dialer{tls: &tls.Config{RootCAs: pool}}, n: 4}
 			if strings.Contains(tt.name, "nobody trusts") {
 				how.dialer.tls = nil
 			}
@@ -490,7 +462,7 @@ func TestProbeFails(t *testing.T) {
 // is, and nothing of it can be taken for the probe's own words.
 func TestProbeQuotesStrangers(t *testing.T) {
 	t.Parallel()
-	ca := newAuthority(t)
+	pool := x509.NewCertPool()
 	relay := startRelay(t, testOptions())
 	// Escape sequences, C1 controls, text that turns its direction, no UTF-8.
 	const evil = "\x1b]0;x\a\x1b[2J\u009b2J\u202eok\u2066\x7f\xff"
@@ -501,7 +473,7 @@ func TestProbeQuotesStrangers(t *testing.T) {
 		b.reply = reply
 		return "ws://" + b.addr
 	}
-	misnamed := startBalancer(t, ca.server("a\x1b[2J.test", 900*time.Hour, time.Hour), always(relay.addr))
+	misnamed := startBalancer(t, selfSigned(t, pool, "a\x1b[2J.test", 900*time.Hour, time.Hour), always(relay.addr))
 	for _, tt := range []struct{ name, target, shown string }{
 		{"status", raw("HTTP/1.1 404 " + evil + "\r\n\r\n"), `"HTTP/1.1 404 \x1b]0;x\a\x1b[2J\u009b2J\u202eok\u2066\x7f\xff"`},
 		{"status without end", raw("HTTP/1.1 404 " + strings.Repeat(evil, 50) + "\r\n\r\n"), `…"`},
@@ -521,7 +493,7 @@ func TestProbeQuotesStrangers(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			for _, asJSON := range []bool{false, true} {
-				p := runSteps(t, tt.target, probe{dialer: dialer{tls: ca.client()}, n: 2, json: asJSON})
+				p := runSteps(t, tt.target, probe{dialer: dialer{tls: &tls.Config{RootCAs: pool}}, n: 2, json: asJSON})
 				all := p.shown.String() + p.notes.String()
 				shown := all
 				if asJSON {

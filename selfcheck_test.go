@@ -871,31 +871,19 @@ func TestPublicCheckSaysWhatComesNext(t *testing.T) {
 
 func TestPaceFrom(t *testing.T) {
 	t.Parallel()
-	for _, tt := range []struct {
-		value string
-		set   bool
-		want  checkPace
-		bad   bool
-	}{
-		{"", false, defaultPace(), false},
-		{"2s,500ms,1500ms", true, checkPace{2 * time.Second, 500 * time.Millisecond, 1500 * time.Millisecond, 0}, false},
-		{"2s,500ms,1500ms,-72h", true, checkPace{2 * time.Second, 500 * time.Millisecond, 1500 * time.Millisecond, -72 * time.Hour}, false},
-		{"", true, checkPace{}, true},
-		{"2s", true, checkPace{}, true},
-		{"2s,1s,1s,1s,1s", true, checkPace{}, true},
-		{"2s,1s,-1s", true, checkPace{}, true},
-		{"2s,0s,1s", true, checkPace{}, true},
-		{"2s,x,1s", true, checkPace{}, true},
+	if got, err := paceFrom(nil); err != nil || got != defaultPace() {
+		t.Errorf("by default: %v, %v", got, err)
+	}
+	const ms = time.Millisecond
+	for value, want := range map[string]checkPace{ // zero: refused
+		"2s,500ms,1500ms": {2000 * ms, 500 * ms, 1500 * ms, 0}, "2s,500ms,1500ms,-72h": {2000 * ms, 500 * ms, 1500 * ms, -72 * time.Hour},
+		"": {}, "2s": {}, "2s,1s,1s,1s,1s": {}, "2s,1s,-1s": {}, "2s,0s,1s": {}, "2s,x,1s": {},
 	} {
-		env := map[string]string{}
-		if tt.set {
-			env[paceName] = tt.value
+		got, err := paceFrom(map[string]string{paceName: value})
+		if bad := want == (checkPace{}); bad != (err != nil) || !bad && got != want {
+			t.Errorf("%q: %v, %v", value, got, err)
 		}
-		got, err := paceFrom(env)
-		if tt.bad != (err != nil) || err == nil && got != tt.want {
-			t.Errorf("%q: %v, %v", tt.value, got, err)
-		}
-		if err != nil && !strings.Contains(err.Error(), fmt.Sprintf("%q for variable %s", tt.value, paceName)) {
+		if err != nil && !strings.Contains(err.Error(), fmt.Sprintf("%q for variable %s", value, paceName)) {
 			t.Errorf("the error does not say what is wrong: %v", err)
 		}
 	}
