@@ -1045,7 +1045,7 @@ func TestConnCloseTimeout(t *testing.T) {
 	}
 }
 
-// The relay clock goes on while somebody looks at it, and does not count the time
+// The relay clock goes on while it is looked at, and does not count the time
 // in which nobody could.
 func TestClockLeavesStallsOut(t *testing.T) {
 	t.Parallel()
@@ -1283,47 +1283,45 @@ func TestConnCloseBehindQueue(t *testing.T) {
 	})
 }
 
-// A phone on a slow line gets what stands before its close frame, however long
-// it takes.
+// A phone on a slow line gets all that stands before its close frame, and the frame,
+// whichever side began: even where that takes longer than the relay waits for an
+// answer, and even where there is less of it than the poller takes from the queue.
 func TestConnCloseOnSlowLine(t *testing.T) {
 	t.Parallel()
-	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
-		b, ph, id := r.pair("slow")
-		const n, size = 100, 32 << 10
-		for i := range n {
-			b.send(id, numbered(i, size))
-		}
-		b.text(fmt.Sprintf(`{"conn_id":%q,"close_code":4412}`, id))
-		for i := range n {
-			time.Sleep(500 * time.Millisecond)
-			if got := numberOf(ph.message()); got != i {
-				t.Fatalf("frame %d arrived, want %d", got, i)
-			}
-		}
-		ph.wantEnd(4412, "closed by binary")
-	})
-}
-
-// Whoever says goodbye with a backlog in front of him gets all of it and the
-// answer, though he takes longer than a peer has to end a connection that is over.
-func TestConnCloseAnswerBehindBacklog(t *testing.T) {
-	t.Parallel()
-	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
-		b, ph, id := r.pair("slow")
-		const n, size = 3, 16 << 10 // less than the poller takes from the queue
-		for i := range n {
-			b.send(id, numbered(i, size))
-		}
-		synctest.Wait()
-		ph.close(1001, "")
-		for i := range n {
-			time.Sleep(3 * time.Second)
-			if got := numberOf(ph.message()); got != i {
-				t.Fatalf("frame %d arrived, want %d", got, i)
-			}
-		}
-		ph.wantEnd(1001, "")
-	})
+	for _, tt := range []struct {
+		name    string
+		n, size int
+		pause   time.Duration
+		close   func(b, ph *wsClient, id string)
+		code    int
+		reason  string
+	}{
+		{"by the binary", 100, 32 << 10, 500 * time.Millisecond, func(b, _ *wsClient, id string) {
+			b.text(fmt.Sprintf(`{"conn_id":%q,"close_code":4412}`, id))
+		}, 4412, "closed by binary"},
+		{"by the phone", 3, 16 << 10, 3 * time.Second, func(_, ph *wsClient, _ string) {
+			synctest.Wait()
+			ph.close(1001, "")
+		}, 1001, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+				b, ph, id := r.pair("slow")
+				for i := range tt.n {
+					b.send(id, numbered(i, tt.size))
+				}
+				tt.close(b, ph, id)
+				for i := range tt.n {
+					time.Sleep(tt.pause)
+					if got := numberOf(ph.message()); got != i {
+						t.Fatalf("frame %d arrived, want %d", got, i)
+					}
+				}
+				ph.wantEnd(tt.code, tt.reason)
+			})
+		})
+	}
 }
 
 // A binary that does not read for a while is back-pressure on its phones: no
@@ -1817,7 +1815,7 @@ func TestConnCloseFrameThenFIN(t *testing.T) {
 	}
 }
 
-// Whoever has said nothing yet when the relay ends is not left hanging.
+// A connection on which nothing was said yet is not left hanging when the relay ends.
 func TestRelayDrainDropsSilent(t *testing.T) {
 	t.Parallel()
 	r := startRelay(t, testOptions())
