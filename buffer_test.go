@@ -3,6 +3,8 @@ package main
 import (
 	"bytes"
 	"math/rand/v2"
+	"sync"
+	"sync/atomic"
 	"testing"
 )
 
@@ -154,5 +156,47 @@ func TestBufferGrow(t *testing.T) {
 	k = m.grow(k, 4<<10, priorityPassing)
 	if string(k.bytes()) != "kept" || len(k.b) < 4<<10 || m.budget.used() != int64(len(k.b)) {
 		t.Errorf("grown to %d bytes with %q, %d charged", len(k.b), k.bytes(), m.budget.used())
+	}
+}
+
+func TestBudget(t *testing.T) {
+	t.Parallel()
+	const limit, step = 1600, 307
+	b := &budget{limit: limit}
+	var held, most atomic.Int64
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for range 5000 {
+				if !b.take(step, priorityPassing) {
+					continue
+				}
+				now := held.Add(step)
+				for old := most.Load(); now > old && !most.CompareAndSwap(old, now); old = most.Load() {
+				}
+				held.Add(-step)
+				b.give(step)
+			}
+		})
+	}
+	wg.Wait()
+	if most.Load() > limit || b.used() != 0 {
+		t.Fatalf("%d of %d bytes held at once, %d left in the end", most.Load(), limit, b.used())
+	}
+	if !b.take(limit, priorityBinary) || b.take(1, priorityBinary) {
+		t.Fatal("the budget is not exactly its limit")
+	}
+	if !b.take(5, priorityAlways) || b.used() != limit+5 || b.take(1, priorityBinary) {
+		t.Fatalf("%d bytes used after 5 that always fit", b.used())
+	}
+	b.give(limit + 5)
+	if !b.take(limit*7/8, priorityBacklog) || b.take(1, priorityBacklog) {
+		t.Fatal("a backlog does not have exactly seven eighths")
+	}
+	if !b.take(limit/16, priorityPassing) || b.take(1, priorityPassing) {
+		t.Fatal("what passes to phones does not have exactly fifteen sixteenths")
+	}
+	if !b.take(limit/16, priorityBinary) || b.take(1, priorityBinary) {
+		t.Fatal("the last sixteenth is not that of binaries")
 	}
 }

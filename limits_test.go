@@ -1,18 +1,29 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"fmt"
+	"io"
+	"math"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 )
+
+// What strangers may cost: whose an address is and how often it may ask, what a
+// request may be and how many wait, and the memory of the whole process.
+
+// ---- addresses and rates ----
 
 func prefixList(s string) (all []netip.Prefix) {
 	for p := range strings.FieldsSeq(s) {
@@ -21,7 +32,7 @@ func prefixList(s string) (all []netip.Prefix) {
 	return all
 }
 
-func TestClientAddr(t *testing.T) {
+func TestLimitsClientAddr(t *testing.T) {
 	t.Parallel()
 	for _, c := range []struct {
 		name      string
@@ -114,7 +125,7 @@ func FuzzForwardedFor(f *testing.F) {
 	})
 }
 
-func TestRateKey(t *testing.T) {
+func TestLimitsRateKey(t *testing.T) {
 	t.Parallel()
 	for in, want := range map[string]string{
 		"203.0.113.7":           "203.0.113.7",
@@ -153,7 +164,7 @@ func exhaust(r *rates, addr netip.Addr) (n int) {
 	return n
 }
 
-func TestRates(t *testing.T) {
+func TestLimitsRates(t *testing.T) {
 	t.Parallel()
 	clock := newTestClock()
 	r := testRates(clock)
@@ -179,7 +190,7 @@ func TestRates(t *testing.T) {
 }
 
 // Who waits for as long as Retry-After says is let in, and not a moment earlier.
-func TestRatesWait(t *testing.T) {
+func TestLimitsRatesWait(t *testing.T) {
 	t.Parallel()
 	clock := newTestClock()
 	r := testRates(clock)
@@ -201,7 +212,7 @@ func TestRatesWait(t *testing.T) {
 	}
 }
 
-func TestRatesOff(t *testing.T) {
+func TestLimitsRatesOff(t *testing.T) {
 	t.Parallel()
 	l := newRates(testOptions(), newTestClock().now)
 	for range 1000 {
@@ -212,7 +223,7 @@ func TestRatesOff(t *testing.T) {
 }
 
 // Buckets that are full again are forgotten.
-func TestRatesSweep(t *testing.T) {
+func TestLimitsRatesSweep(t *testing.T) {
 	t.Parallel()
 	clock := newTestClock()
 	r := testRates(clock)
@@ -236,7 +247,7 @@ func TestRatesSweep(t *testing.T) {
 
 // A stranger with more addresses than the table holds locks nobody out, and
 // does not buy an address that is over its rate a new bucket.
-func TestRatesEviction(t *testing.T) {
+func TestLimitsRatesEviction(t *testing.T) {
 	t.Parallel()
 	clock := newTestClock()
 	r := testRates(clock)
@@ -259,45 +270,340 @@ func TestRatesEviction(t *testing.T) {
 	}
 }
 
-func TestBudget(t *testing.T) {
+func TestLimitsLogGate(t *testing.T) {
 	t.Parallel()
-	const limit, step = 1600, 307
-	b := &budget{limit: limit}
-	var held, most atomic.Int64
-	var wg sync.WaitGroup
-	for range 8 {
-		wg.Go(func() {
-			for range 5000 {
-				if !b.take(step, priorityPassing) {
-					continue
-				}
-				now := held.Add(step)
-				for old := most.Load(); now > old && !most.CompareAndSwap(old, now); old = most.Load() {
-				}
-				held.Add(-step)
-				b.give(step)
+	var g logGate
+	var got []string
+	for i := range 30 { // ten a second
+		at := time.Hour + time.Duration(i)*100*time.Millisecond
+		if skipped, ok := g.allow(int64(at)); ok {
+			got = append(got, fmt.Sprint(i, "/", skipped))
+		}
+	}
+	// Five a second, and the first of a second tells of those left out before.
+	want := []string{"0/0", "1/0", "2/0", "3/0", "4/0", "10/5", "11/0", "12/0", "13/0", "14/0", "20/5", "21/0", "22/0", "23/0", "24/0"}
+	if !slices.Equal(got, want) {
+		t.Errorf("lines %q, want %q", got, want)
+	}
+}
+
+// A proxy that is not trusted is named once, and of many strangers only so many.
+func TestLimitsUntrustedProxyIsNamed(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	ask := func(peer string, forwarded ...string) {
+		q := httptest.NewRequest("GET", "/v2/client", nil)
+		q.RemoteAddr = netip.AddrPortFrom(netip.MustParseAddr(peer), 1234).String()
+		q.Header["X-Forwarded-For"] = forwarded
+		r.ServeHTTP(httptest.NewRecorder(), q)
+	}
+	said := func() (n int) { return strings.Count(r.logs.String(), "X-Forwarded-For from ") }
+	ask("172.18.0.1")
+	ask("127.0.0.1", "172.18.0.3")
+	ask("127.0.0.1", "no address")
+	if n := said(); n != 0 {
+		t.Fatalf("%d lines about nothing", n)
+	}
+	ask("172.18.0.2", "192.0.2.1")
+	ask("172.18.0.2", "192.0.2.2")
+	ask("::ffff:172.18.0.2", "192.0.2.3")
+	want := "level=WARN msg=\"X-Forwarded-For from 172.18.0.2 ignored: it is not in -trusted-proxies; all who come through it share one rate limit\"\n"
+	if n := said(); n != 1 || !strings.Contains(r.logs.String(), want) {
+		t.Errorf("%d lines, want one: %s", n, want)
+	}
+	ask("2001:db8::1", "192.0.2.1")
+	ask("2001:db8::2", "192.0.2.1") // the same household
+	if n := said(); n != 2 {
+		t.Errorf("%d lines for two addresses and one /64, want 2", n)
+	}
+	for range 2 * maxUntrusted {
+		ask(freshAddr(), "192.0.2.1")
+	}
+	if n := said(); n != maxUntrusted {
+		t.Errorf("%d lines, want %d at most", n, maxUntrusted)
+	}
+}
+
+// ---- what the system allows ----
+
+// The least of what the machine has and what a control group allows counts.
+func TestLimitsMemoryAllowed(t *testing.T) {
+	t.Parallel()
+	const machine = "proc/meminfo=MemTotal:        1024 kB\nMemFree:          512 kB\n"
+	for _, c := range []struct {
+		name  string
+		files string // name=text, parted by |
+		want  int64
+		from  string
+	}{
+		{"nothing is known", "", math.MaxInt64, ""},
+		{"the machine", machine, 1 << 20, "/proc/meminfo"},
+		{"version 2", machine + "|proc/self/cgroup=0::/a/b\n|sys/fs/cgroup/a/b/memory.max=65536\n|sys/fs/cgroup/a/memory.max=max\n",
+			65536, "/sys/fs/cgroup/a/b/memory.max"},
+		{"version 2, a group above", "proc/self/cgroup=0::/a/b/c\n|sys/fs/cgroup/a/b/c/memory.max=max\n|sys/fs/cgroup/a/memory.max=4096\n",
+			4096, "/sys/fs/cgroup/a/memory.max"},
+		{"version 2, in a container", machine + "|proc/self/cgroup=0::/\n|sys/fs/cgroup/memory.max=8192\n", 8192, "/sys/fs/cgroup/memory.max"},
+		{"version 2, a path outside of the container", "proc/self/cgroup=0::/../../host/x\n|sys/fs/cgroup/memory.max=8192\n",
+			8192, "/sys/fs/cgroup/memory.max"},
+		{"version 2, no limit", machine + "|proc/self/cgroup=0::/a\n|sys/fs/cgroup/a/memory.max=max\n", 1 << 20, "/proc/meminfo"},
+		{"version 1", machine + "|proc/self/cgroup=9:name=systemd:/\n4:hugetlb,memory:/docker/1\n1:cpu:/x\n|" +
+			"sys/fs/cgroup/memory/docker/1/memory.limit_in_bytes=12288\n", 12288, "/sys/fs/cgroup/memory/docker/1/memory.limit_in_bytes"},
+		{"version 1, in a container", "proc/self/cgroup=4:memory:/docker/1\n|sys/fs/cgroup/memory/memory.limit_in_bytes=12288\n",
+			12288, "/sys/fs/cgroup/memory/memory.limit_in_bytes"},
+		{"version 1, no limit", machine + "|proc/self/cgroup=4:memory:/\n|sys/fs/cgroup/memory/memory.limit_in_bytes=9223372036854771712\n",
+			1 << 20, "/proc/meminfo"},
+		{"both", "proc/self/cgroup=4:memory:/a\n0::/b\n|sys/fs/cgroup/memory/a/memory.limit_in_bytes=16384\n|" +
+			"sys/fs/cgroup/b/memory.max=20480\n", 16384, "/sys/fs/cgroup/memory/a/memory.limit_in_bytes"},
+		{"unreadable", "proc/meminfo=what\n|proc/self/cgroup=0:\n\nx\n0::/\n|sys/fs/cgroup/memory.max=-1\n", math.MaxInt64, ""},
+	} {
+		root := t.TempDir()
+		for f := range strings.SplitSeq(c.files, "|") {
+			name, text, _ := strings.Cut(f, "=")
+			file := filepath.Join(root, name)
+			err := os.MkdirAll(filepath.Dir(file), 0o700)
+			if err == nil && name != "" {
+				err = os.WriteFile(file, []byte(text), 0o600)
 			}
-		})
+			if err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n, from := memoryAllowed(root); n != c.want || from != c.from {
+			t.Errorf("%s: %d by %q, want %d by %q", c.name, n, from, c.want, c.from)
+		}
 	}
-	wg.Wait()
-	if most.Load() > limit || b.used() != 0 {
-		t.Fatalf("%d of %d bytes held at once, %d left in the end", most.Load(), limit, b.used())
+}
+
+// Where the options need more than the process may have, the warning says what
+// would fit, and that does.
+func TestLimitsMemoryWarning(t *testing.T) {
+	t.Parallel()
+	o := defaultOptions()
+	need, total := memoryNeeded(o), o.queueTotal
+	for _, c := range []struct {
+		total, allowed int64
+		want           string // the end of the warning
+	}{
+		{total, need, ""},
+		{total, need - 1, fmt.Sprintf(" or lower -queue-total\" allowed=%d by=file needed=%d queue_total=%d queue_total_that_fits=%d\n",
+			need-1, need, total, total-1)},
+		{total - 1, need - 1, ""},
+		{total, 64 << 20, fmt.Sprintf("-queue and -max-connections\" allowed=%d by=file needed=%d\n", 64<<20, need)},
+	} {
+		var log logBuffer
+		o.queueTotal = c.total
+		warnMemory(o, c.allowed, "file", newLogger(&log, o))
+		if got := log.String(); !strings.HasSuffix(got, c.want) || c.want == "" && got != "" {
+			t.Errorf("%d allowed with -queue-total %d: %q, want %q", c.allowed, c.total, got, c.want)
+		}
 	}
-	if !b.take(limit, priorityBinary) || b.take(1, priorityBinary) {
-		t.Fatal("the budget is not exactly its limit")
+}
+
+// ---- requests ----
+
+// upgradeHead is the head of a request that is upgraded, but for what swap says:
+// pairs of a text in it and its replacement.
+func upgradeHead(swap ...string) string {
+	head := "GET /v2/client HTTP/1.1\r\nHost: relay.example.com\r\nUser-Agent: app/1\r\nX-Pyrycode-Server: server\r\n" +
+		"Connection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
+	for i := 0; i < len(swap); i += 2 {
+		if !strings.Contains(head, swap[i]) {
+			panic("no such part: " + swap[i])
+		}
+		head = strings.Replace(head, swap[i], swap[i+1], 1)
 	}
-	if !b.take(5, priorityAlways) || b.used() != limit+5 || b.take(1, priorityBinary) {
-		t.Fatalf("%d bytes used after 5 that always fit", b.used())
+	return head
+}
+
+// oddRequests are what parsers of HTTP have disagreed about.
+func oddRequests() (all []string) {
+	const host, agent, end = "Host: relay.example.com\r\n", "User-Agent: app/1\r\n", "\r\n\r\n"
+	lines := func(n int, line string) string {
+		var b strings.Builder
+		for i := range n {
+			fmt.Fprintf(&b, line, i)
+		}
+		return b.String()
 	}
-	b.give(limit + 5)
-	if !b.take(limit*7/8, priorityBacklog) || b.take(1, priorityBacklog) {
-		t.Fatal("a backlog does not have exactly seven eighths")
+	for _, h := range []string{"", "Host:\r\n", "Host: a b\r\n", "Host: a\r\nHost: b\r\n", "Host: a/b\r\n", "Host: a\x00b\r\n",
+		"host : a\r\n", "Host: [::1]:80\r\n", "Host: ü\r\n"} {
+		all = append(all, upgradeHead(host, h))
 	}
-	if !b.take(limit/16, priorityPassing) || b.take(1, priorityPassing) {
-		t.Fatal("what passes to phones does not have exactly fifteen sixteenths")
+	for _, extra := range []string{
+		"Bad Name: x\r\n", "Bad\tName: x\r\n", ": x\r\n", "NoColon\r\n", "X(Y): z\r\n", "X-Nul: a\x00b\r\n", "X-Ctl: a\x01b\r\n",
+		"X-Del: \x7f\r\n", "X-High: \xff\r\n",
+		"X-Fold: a\r\n b\r\n", " X-First: fold\r\n", "X-Cr: a\rb\r\n", "X-Empty:\r\n", "X-Lf: a\n", "X-Space : a\r\n",
+		"Expect: 100-continue\r\n", "Expect: 200-ok\r\n", "Expect: 100-continue, x\r\n", "Expect:\r\n",
+		"Content-Length: 0\r\n", "Content-Length: 5\r\n", "Content-Length: -1\r\n", "Content-Length: +5\r\n",
+		"Content-Length: 5\r\nContent-Length: 6\r\n",
+		"Content-Length: 5\r\nContent-Length: 5\r\n", "Content-Length: 5, 5\r\n", "Content-Length: 0x5\r\n",
+		"Content-Length: 99999999999999999999\r\n",
+		"Transfer-Encoding: chunked\r\n", "Transfer-Encoding: gzip\r\n", "Transfer-Encoding: chunked, identity\r\n",
+		"Transfer-Encoding:\vchunked\r\n",
+		"Transfer-Encoding: chunked\r\nContent-Length: 5\r\n", "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n",
+		"Trailer: X\r\n",
+		"Upgrade: h2c\r\n", "HTTP2-Settings: AAMAAABkAARAAAAAAAIAAAAA\r\nUpgrade: h2c\r\n", "Connection: close\r\n",
+		"Connection: keep-alive\r\n", "Sec-WebSocket-Protocol: chat\r\n",
+		"Sec-WebSocket-Extensions: permessage-deflate\r\n", "Origin: null\r\n", "Origin: ::\r\n", "X-Pyrycode-Token: secret\r\n",
+		"Cookie: a=b\r\n",
+		"X-Long: " + strings.Repeat("a", 3000) + "\r\n", "X-Long: " + strings.Repeat("a", 5000) + "\r\n",
+		"X-Long: " + strings.Repeat("a", 7600) + "\r\n",
+		"X-Long: " + strings.Repeat("a", 9000) + "\r\n", "X-Long: " + strings.Repeat("a", 30000) + "\r\n", strings.Repeat("b",
+			4000) + ": x\r\n", strings.Repeat("c", 9000),
+		lines(50, "X-%d: a\r\n"), lines(91, "X-%d: a\r\n"), lines(92, "X-%d: a\r\n"), lines(93, "X-%d: a\r\n"), lines(92, "X-%d: a\n"),
+		lines(93, "X-%d: a\n"), lines(400, "X-%d: a\r\n"), lines(2000, "%d:\n"), lines(92, "X: %d\r\n a\r\n"),
+		lines(95, "X-%d: a\r\n") + "Bad Name: x\r\n", lines(80, "X-%d: a\r\n") + "Bad Name: x\r\n",
+	} {
+		all = append(all, upgradeHead(agent, agent+extra), upgradeHead(agent, agent+extra, "Key: dG", "Key: "))
 	}
-	if !b.take(limit/16, priorityBinary) || b.take(1, priorityBinary) {
-		t.Fatal("the last sixteenth is not that of binaries")
+	for _, first := range []string{
+		"GET /v2/client HTTP/1.0", "GET /v2/client HTTP/1.2", "GET /v2/client HTTP/2.0", "GET /v2/client HTTP/0.9",
+		"GET /v2/client HTTP/3.0", "GET /v2/client http/1.1", "GET /v2/client HTTP/1.1 ",
+		"GET /v2/client", "GET  /v2/client HTTP/1.1", " GET /v2/client HTTP/1.1", "\r\nGET /v2/client HTTP/1.1",
+		"\n\nGET /v2/client HTTP/1.1", "GET /v2/client\tHTTP/1.1", "GET /v2/client HTTP/1.1\r", "PRI * HTTP/2.0", "",
+		"get /v2/client HTTP/1.1", "G@T /v2/client HTTP/1.1", "POST /v2/client HTTP/1.1", "OPTIONS * HTTP/1.1",
+		"CONNECT relay:1 HTTP/1.1", "HEAD /v2/client HTTP/1.1", "DELETE /readyz HTTP/1.1",
+		"GET http://relay/v2/client HTTP/1.1", "GET //v2/client HTTP/1.1", "GET /v2/client/ HTTP/1.1", "GET /v2/../v2/client HTTP/1.1",
+		"GET /v2/%63lient HTTP/1.1", "GET /v2/client?a=%zz HTTP/1.1",
+		"GET /v2/client#x HTTP/1.1", "GET /v2%2fclient HTTP/1.1", "GET /v2/cli\x00ent HTTP/1.1", "GET /\xff HTTP/1.1", "GET / HTTP/1.1",
+		"GET /readyz HTTP/1.1", "GET /nowhere HTTP/1.1", "GET /" + strings.Repeat("a", 9000) + " HTTP/1.1",
+		"GET /v2/server HTTP/1.1", "GET /v1/server HTTP/1.0", "\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", "SSH-2.0-OpenSSH_9",
+		"*1\r\n$4\r\nPING",
+	} {
+		all = append(all, upgradeHead("GET /v2/client HTTP/1.1", first))
+	}
+	open := strings.TrimSuffix(upgradeHead(), end)
+	return append(all, open+"\n\n", open+"\r\n\n", open+"\n\r\n", strings.ReplaceAll(upgradeHead(), "\r\n", "\n"),
+		strings.ReplaceAll(upgradeHead(), "\r\n", "\r"), strings.ReplaceAll(upgradeHead(), "\r\n", "\r\r\n"))
+}
+
+// gatedRequest draws a request and says how the contract's gates answer it: the
+// first that does not let it through.
+func gatedRequest(rng *rand.Rand) (head string, status int) {
+	status = http.StatusSwitchingProtocols
+	var swap []string
+	gate := func(refused int, part string, good, bad []string) {
+		if rng.IntN(3) > 0 {
+			swap = append(swap, part, good[rng.IntN(len(good))])
+			return
+		}
+		swap = append(swap, part, bad[rng.IntN(len(bad))])
+		if status == http.StatusSwitchingProtocols {
+			status = refused
+		}
+	}
+	gate(400, "User-Agent: app/1\r\n", []string{"user-agent: x\r\n"}, []string{"", "User-Agent:\r\n", "User-Agent:  \r\n"})
+	gate(400, "X-Pyrycode-Server: server\r\n", []string{"x-pyrycode-server:server\r\n",
+		"X-Pyrycode-Server: server\r\nX-Pyrycode-Server: ?\r\n"},
+		[]string{"", "X-Pyrycode-Server: \r\n", "X-Pyrycode-Server: a b\r\n", "X-Pyrycode-Server: " + strings.Repeat("a", 129) + "\r\n"})
+	gate(405, "GET ", []string{"GET "}, []string{"POST ", "PUT ", "get "})
+	gate(426, "HTTP/1.1", []string{"HTTP/1.1"}, []string{"HTTP/1.0"})
+	gate(426, "Connection: Upgrade\r\n", []string{"Connection: keep-alive, upgrade\r\n", "Connection: x\r\nConnection: UPGRADE\r\n"},
+		[]string{"", "Connection: keep-alive\r\n", "Connection: upgraded\r\n"})
+	gate(426, "Upgrade: websocket\r\n", []string{"Upgrade: WebSocket\r\n"}, []string{"", "Upgrade: websockets\r\n"})
+	gate(426, "Version: 13\r\n", []string{"Version: 13\r\n"}, []string{"Version: 12\r\n", "Versions: 13\r\n",
+		"Version: 13\r\nSec-WebSocket-Version: 13\r\n", "Version: 13, 8\r\n"})
+	gate(400, "Key: dGhlIHNhbXBsZSBub25jZQ==", []string{"Key: AAAAAAAAAAAAAAAAAAAAAA=="}, []string{"Key: ",
+		"Key: dGhlIHNhbXBsZSBub25jZQ=", "Key: dGhlIHNhbXBsZSBub25jZQ==\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Keys: x"})
+	return upgradeHead(swap...), status
+}
+
+// An answer is that to the request, not to how it arrives; and what is sent right
+// behind a request that is upgraded reaches the session.
+func TestLimitsOneAnswerForOneRequest(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	r.binary("server")
+	ask := func(head string, pieces func(left int) int) (answer string) {
+		nc, err := r.connect()
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer nc.Close()
+		nc.SetDeadline(time.Now().Add(patience))
+		sent := make(chan struct{})
+		go func() {
+			defer close(sent)
+			all := append([]byte(head), clientFrame(0x80, opPing, []byte("behind"))...)
+			all = append(all, clientFrame(0x80, opClose, closePayload(4000, ""))...)
+			for len(all) > 0 {
+				n := pieces(len(all))
+				if _, err := nc.Write(all[:n]); err != nil {
+					return // answered already
+				}
+				all = all[n:]
+			}
+			nc.(*net.TCPConn).CloseWrite() // else a head without an end is waited for
+		}()
+		defer func() { <-sent }()
+		br := bufio.NewReader(nc)
+		a, err := http.ReadResponse(br, &http.Request{Method: strings.SplitN(head, " ", 2)[0]})
+		if err != nil {
+			return "no answer"
+		}
+		if a.StatusCode != http.StatusSwitchingProtocols {
+			body, _ := io.ReadAll(a.Body)
+			nc.Close()
+			return fmt.Sprint(a.StatusCode, " ", string(body))
+		}
+		rest, _ := io.ReadAll(br)
+		want := append([]byte{0x80 | opPong, 6}, "behind"...)
+		if want = append(want, 0x80|opClose, 2, 4000>>8, 4000&0xff); !bytes.Equal(rest, want) {
+			return fmt.Sprintf("101, and what was sent behind it is answered % x", rest)
+		}
+		return "101"
+	}
+	rng := rand.New(rand.NewPCG(24, 9))
+	whole := func(left int) int { return left }
+	check := func(head string, status int) {
+		want := ask(head, whole)
+		if status != 0 && !strings.HasPrefix(want, fmt.Sprint(status)) {
+			t.Errorf("answer %q, want %d, to\n%q", want, status, head)
+		}
+		pieces := func(left int) int { return 1 + rng.IntN(min(left, 64)) }
+		ways := map[string]func(int) int{"in pieces": pieces, "in another way": pieces}
+		if len(head) < 2000 {
+			ways["byte by byte"] = func(int) int { return 1 }
+		}
+		for how, next := range ways {
+			if got := ask(head, next); got != want {
+				t.Errorf("answer %q in one piece and %q %s, to\n%.300q", want, got, how, head)
+			}
+		}
+	}
+	for _, head := range oddRequests() {
+		check(head, 0)
+	}
+	for range 250 {
+		head, status := gatedRequest(rng)
+		check(head, status)
+	}
+}
+
+// A proxy that keeps a refusal could show the identity of a relay that is gone.
+func TestLimitsAnswersAreNotKept(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	for _, head := range []string{
+		upgradeHead(), upgradeHead("Key: dG", "Key: "), upgradeHead("User-Agent: app/1\r\n", ""), upgradeHead("GET ", "POST "),
+		upgradeHead("Version: 13", "Version: 8"),
+		upgradeHead("User-Agent", strings.Repeat("A:b\r\n", maxHeadLines)+"User-Agent"),
+		upgradeHead("/v2/client", "/"), upgradeHead("/v2/client", "/healthz"), upgradeHead("/v2/client", "/readyz"),
+		upgradeHead("/v2/client", "/nowhere"),
+	} {
+		nc, err := r.connect()
+		if err != nil {
+			t.Fatal(err)
+		}
+		io.WriteString(nc, head)
+		a, err := http.ReadResponse(bufio.NewReader(nc), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		nc.Close()
+		if got := a.Header.Get("Cache-Control"); (got == "no-store") != (a.StatusCode != http.StatusSwitchingProtocols) {
+			t.Errorf("%s, Cache-Control %q", a.Status, got)
+		}
 	}
 }
 
@@ -309,7 +615,7 @@ type endConn struct {
 
 func (c *endConn) Close() error { c.closed = true; return nil }
 
-func TestLimitIdle(t *testing.T) {
+func TestLimitsIdle(t *testing.T) {
 	t.Parallel()
 	hook := limitIdle()
 	var all []*endConn
@@ -378,56 +684,161 @@ func TestLimitIdle(t *testing.T) {
 	}
 }
 
-func TestLogGate(t *testing.T) {
-	t.Parallel()
-	var g logGate
-	var got []string
-	for i := range 30 { // ten a second
-		at := time.Hour + time.Duration(i)*100*time.Millisecond
-		if skipped, ok := g.allow(int64(at)); ok {
-			got = append(got, fmt.Sprint(i, "/", skipped))
-		}
+// ---- strangers who dawdle ----
+
+// dawdlers keep half as many connections again as there is room for, which send
+// what head says and then a byte of it now and then, and come back when they have
+// to go: each arrival takes a word of arrive, if that is not closed.
+func dawdlers(t testing.TB, addr string, arrive <-chan struct{}, head func(i int) string) (stop func()) {
+	const n = maxWaiting + maxWaiting/2
+	quit := make(chan struct{})
+	var here, done sync.WaitGroup
+	here.Add(n)
+	for i := range n {
+		done.Go(func() {
+			for first := true; ; first = false {
+				select {
+				case <-arrive:
+				case <-quit:
+					return
+				}
+				nc, err := net.Dial("tcp", addr)
+				if err == nil {
+					nc.Write([]byte(head(i)))
+				}
+				if first {
+					here.Done()
+				}
+				for again := time.NewTicker(200 * time.Millisecond); err == nil; {
+					select {
+					case <-quit:
+						nc.Close()
+						return
+					case <-again.C:
+						_, err = nc.Write([]byte("x"))
+					}
+				}
+				if nc == nil {
+					t.Error(err)
+					return
+				}
+				nc.Close()
+			}
+		})
 	}
-	// Five a second, and the first of a second tells of those left out before.
-	want := []string{"0/0", "1/0", "2/0", "3/0", "4/0", "10/5", "11/0", "12/0", "13/0", "14/0", "20/5", "21/0", "22/0", "23/0", "24/0"}
-	if !slices.Equal(got, want) {
-		t.Errorf("lines %q, want %q", got, want)
+	here.Wait()
+	return func() {
+		close(quit)
+		done.Wait()
 	}
 }
 
-// A proxy that is not trusted is named once, and of many strangers only so many.
-func TestUntrustedProxyIsNamed(t *testing.T) {
+// Honest newcomers are served beside any number of strangers who dawdle, while
+// these arrive as well as later. A newcomer has to go after maxWaiting later
+// arrivals at the earliest. Fewer come beside one here, counting those on their
+// way, so that none has to go however the machine schedules the relay.
+func TestLimitsNewcomersBesideDawdlers(t *testing.T) {
 	t.Parallel()
-	r := startRelay(t, testOptions())
-	ask := func(peer string, forwarded ...string) {
-		q := httptest.NewRequest("GET", "/v2/client", nil)
-		q.RemoteAddr = netip.AddrPortFrom(netip.MustParseAddr(peer), 1234).String()
-		q.Header["X-Forwarded-For"] = forwarded
-		r.ServeHTTP(httptest.NewRecorder(), q)
+	p := startProgram(t, nil, "-rate-per-minute", "0").listening()
+	head := "GET /v2/client HTTP/1.1\r\n" + strings.Repeat("A:\n", 3000)
+	arrive := make(chan struct{}, maxWaiting/4)
+	var strangers sync.WaitGroup
+	stop := func() {}
+	strangers.Go(func() { stop = dawdlers(t, p.addr, arrive, func(i int) string { return head[:30+i*3%len(head[30:])] }) })
+	var took []time.Duration
+	for i := range 300 {
+		for len(arrive) < cap(arrive) {
+			arrive <- struct{}{}
+		}
+		began := time.Now()
+		path, h := "/v2/client", phoneHeaders("server")
+		if i%2 == 0 {
+			path, h = "/v2/server", binaryHeaders(fmt.Sprint("server-", i))
+		}
+		nc := p.dial()
+		if _, _, err := handshake(t, nc, path, h); err != nil {
+			t.Errorf("newcomer %d of 300: %v", i+1, err)
+		}
+		took = append(took, time.Since(began))
+		nc.Close()
 	}
-	said := func() (n int) { return strings.Count(r.logs.String(), "X-Forwarded-For from ") }
-	ask("172.18.0.1")
-	ask("127.0.0.1", "172.18.0.3")
-	ask("127.0.0.1", "no address")
-	if n := said(); n != 0 {
-		t.Fatalf("%d lines about nothing", n)
+	strangers.Wait()
+	stop()
+	slices.Sort(took)
+	t.Logf("half of them connected within %v, 99 of 100 within %v", took[150], took[297])
+}
+
+// ---- memory ----
+
+// The process keeps what README promises of its memory, whatever peers do.
+func TestLimitsMemoryStaysAsPromised(t *testing.T) {
+	t.Parallel()
+	needNoRace(t)
+	lines := func(n int, line string) string {
+		var b strings.Builder
+		for i := range n {
+			fmt.Fprintf(&b, line, i)
+		}
+		return b.String()
 	}
-	ask("172.18.0.2", "192.0.2.1")
-	ask("172.18.0.2", "192.0.2.2")
-	ask("::ffff:172.18.0.2", "192.0.2.3")
-	want := "level=WARN msg=\"X-Forwarded-For from 172.18.0.2 ignored: it is not in -trusted-proxies; all who come through it share one rate limit\"\n"
-	if n := said(); n != 1 || !strings.Contains(r.logs.String(), want) {
-		t.Errorf("%d lines, want one: %s", n, want)
+	const first = "GET /v2/client HTTP/1.1\r\nHost: a\r\n"
+	heads := []string{
+		first + lines(2600, "%x:\n"),
+		first + lines(maxHeadLines-2, "%x:\n"),
+		first + lines(maxHeadLines-3, "%x:\n") + "X-Long: " + strings.Repeat("a", 6<<10),
+		first + "X-Long: " + strings.Repeat("a", 7<<10),
+		"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n" + strings.Repeat("a\n", 30<<10),
+		"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n",
+		strings.Repeat("GET / HTTP/1.1\r\nHost: a\r\n\r\n", 300),
 	}
-	ask("2001:db8::1", "192.0.2.1")
-	ask("2001:db8::2", "192.0.2.1") // the same household
-	if n := said(); n != 2 {
-		t.Errorf("%d lines for two addresses and one /64, want 2", n)
-	}
-	for range 2 * maxUntrusted {
-		ask(freshAddr(), "192.0.2.1")
-	}
-	if n := said(); n != maxUntrusted {
-		t.Errorf("%d lines, want %d at most", n, maxUntrusted)
+	half := append([]byte{0x82, 0xff, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0}, make([]byte, 200<<10)...)
+	always := make(chan struct{})
+	close(always)
+	for _, c := range []struct {
+		name   string
+		drops  []string // heads of requests that are sent in drops
+		halves int      // binaries that send half a message
+	}{
+		{"requests in drops", heads, 0},
+		{"tiny header lines", heads[:1], 0},
+		{"half-sent messages", nil, 1000},
+		{"both", heads, 1000},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			const queueTotal, promised = 16 << 20, 16<<20 + 4<<10*4096 + 64<<20
+			p := startProgram(t, nil, "-rate-per-minute=0", fmt.Sprint("-queue-total=", queueTotal)).listening()
+			var all sync.WaitGroup
+			for i := range c.halves {
+				nc := p.dial()
+				all.Go(func() {
+					b, _, err := handshake(t, nc, "/v2/server", binaryHeaders(fmt.Sprint("server-", i)))
+					if err != nil || b == nil {
+						t.Errorf("binary %d of %d: %v", i+1, c.halves, err)
+						return
+					}
+					nc.Write(half) // cut off where it does not fit
+				})
+			}
+			all.Wait()
+			stop := func() {}
+			if c.drops != nil {
+				stop = dawdlers(t, p.addr, always, func(i int) string { return c.drops[i%len(c.drops)] })
+			}
+			highest, same := int64(0), 0
+			eventually(t, "the peak is over", func() bool { // it looks every millisecond
+				if same++; p.peakMemory() > highest {
+					highest, same = p.peakMemory(), 0
+				}
+				return same == 300
+			})
+			if highest > promised {
+				t.Errorf("%.1f MiB were in RAM, README promises %d", float64(highest)/(1<<20), promised>>20)
+			}
+			t.Logf("%.1f MiB at the most", float64(highest)/(1<<20))
+			stop()
+			if status, _ := fetch(t, "http://"+p.addr+"/readyz"); status != 200 {
+				t.Errorf("/readyz afterwards: %d, want 200", status)
+			}
+		})
 	}
 }
