@@ -710,17 +710,6 @@ func TestCostGoroutinesPerConnection(t *testing.T) {
 	eventually(t, "as many goroutines as before", func() bool { return runtime.NumGoroutine() <= before })
 }
 
-// rawUpgrade asks for one with further header lines, in a client that keeps no memory.
-func rawUpgrade(t *testing.T, nc net.Conn, path, id, more string) {
-	t.Helper()
-	nc.SetDeadline(time.Now().Add(patience))
-	_, err := io.WriteString(nc, "GET "+path+" HTTP/1.1\r\nHost: relay\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
-		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nX-Pyrycode-Version: 1\r\nX-Pyrycode-Server: "+id+"\r\nUser-Agent: raw\r\n"+more+"\r\n")
-	if err != nil {
-		t.Fatal(err)
-	}
-}
-
 // readUntil reads until what came ends so.
 func readUntil(t *testing.T, nc net.Conn, end string) (all []byte) {
 	t.Helper()
@@ -735,18 +724,28 @@ func readUntil(t *testing.T, nc net.Conn, end string) (all []byte) {
 	return all
 }
 
+func readUpgrade(t *testing.T, nc net.Conn) {
+	t.Helper()
+	if answer := readUntil(t, nc, "\r\n\r\n"); !bytes.HasPrefix(answer, []byte("HTTP/1.1 101 ")) {
+		t.Fatalf("the upgrade was answered with %q", answer)
+	}
+}
+
 // queuedPhones are phones of "server" that only the kernel has accepted. What the
 // process holds more of once they are admitted is the relay's.
 func queuedPhones(t *testing.T, r *testRelay, n int) (phones []net.Conn, admit func()) {
 	t.Helper()
-	ln := onLoopback(t)
+	ln, request := onLoopback(t), upgradeRequest("/v2/client", phoneHeaders("server"))
 	for range n {
 		nc, err := net.Dial("tcp", ln.Addr().String())
 		if err != nil {
 			t.Fatal(err)
 		}
 		t.Cleanup(func() { nc.Close() })
-		rawUpgrade(t, nc, "/v2/client", "server", "")
+		nc.SetDeadline(time.Now().Add(patience))
+		if err := request.Write(nc); err != nil {
+			t.Fatal(err)
+		}
 		phones = append(phones, nc)
 	}
 	ln, err := newAcceptor(ln)
@@ -760,9 +759,7 @@ func queuedPhones(t *testing.T, r *testRelay, n int) (phones []net.Conn, admit f
 		go r.srv.Serve(guests{listenerInSteps{ln, next}})
 		for _, nc := range phones { // one at a time, or the stacks of all requests would be counted
 			next <- struct{}{}
-			if answer := readUntil(t, nc, "\r\n\r\n"); !bytes.HasPrefix(answer, []byte("HTTP/1.1 101 ")) {
-				t.Fatalf("the upgrade was answered with %q", answer)
-			}
+			readUpgrade(t, nc)
 		}
 		close(next)
 	}
@@ -881,10 +878,12 @@ func TestCostOfNewcomers(t *testing.T) {
 	needNoRace(t)
 	needEpoll(t)
 	t.Parallel()
-	var lines strings.Builder
+	h := binaryHeaders("SERVER-ID")
 	for i := range maxHeadLines - 10 {
-		fmt.Fprintf(&lines, "%x: %060d\r\n", i, i)
+		h[fmt.Sprintf("%x", i)] = []string{fmt.Sprintf("%060d", i)}
 	}
+	var head bytes.Buffer
+	upgradeRequest("/v2/server", h).Write(&head)
 	half := append([]byte{0x82, 0xff, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0}, make([]byte, 200<<10)...)
 	for _, c := range []struct {
 		newcomers, halves int
@@ -898,8 +897,9 @@ func TestCostOfNewcomers(t *testing.T) {
 			p := startProgram(t, nil, "-rate-per-minute=0", fmt.Sprintf("-queue-total=%d", c.queueTotal)).listening()
 			connect := func(id string, then []byte) {
 				nc := p.dial()
-				rawUpgrade(t, nc, "/v2/server", id, lines.String())
-				readUntil(t, nc, "\r\n\r\n")
+				nc.SetDeadline(time.Now().Add(patience))
+				nc.Write(bytes.Replace(head.Bytes(), []byte("SERVER-ID"), []byte(id), 1))
+				readUpgrade(t, nc)
 				if _, err := nc.Write(then); err != nil {
 					t.Fatal(err)
 				}

@@ -383,13 +383,18 @@ func (r *testRelay) dial(path string, h http.Header) (*wsClient, *http.Response,
 	return handshake(r.t, nc, path, h)
 }
 
-func handshake(t testing.TB, nc net.Conn, path string, h http.Header) (*wsClient, *http.Response, error) {
+func upgradeRequest(path string, h http.Header) *http.Request {
 	q, _ := http.NewRequest("GET", "http://relay"+path, nil)
 	q.Header = h.Clone()
 	q.Header.Set("Connection", "Upgrade")
 	q.Header.Set("Upgrade", "websocket")
 	q.Header.Set("Sec-WebSocket-Version", "13")
 	q.Header.Set("Sec-WebSocket-Key", "dGhlIHNhbXBsZSBub25jZQ==")
+	return q
+}
+
+func handshake(t testing.TB, nc net.Conn, path string, h http.Header) (*wsClient, *http.Response, error) {
+	q := upgradeRequest(path, h)
 	nc.SetDeadline(time.Now().Add(patience))
 	if err := q.Write(nc); err != nil {
 		return nil, nil, err
