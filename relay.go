@@ -769,6 +769,7 @@ func (r *relay) sweep() {
 		all = r.everySession(all[:0])
 		for _, s := range all {
 			s.checkTimeouts(w)
+			w.flush() // else what a loop queues behind a ping would wait for the end of the sweep
 		}
 		clear(all)
 		r.registry.expire(w, w.now)
