@@ -947,7 +947,7 @@ func (c *wsPeer) echo(message []byte) {
 // close ends the session with a close handshake.
 func (c *wsPeer) close() {
 	c.write(opClose, binary.BigEndian.AppendUint16(nil, 1000)) // nothing is left to do if that fails
-	c.nc.SetReadDeadline(time.Now().Add(byeTime))
+	c.nc.SetDeadline(time.Now().Add(byeTime))
 	if c.over != nil {
 		<-c.over
 	} else {

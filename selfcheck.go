@@ -533,169 +533,6 @@ func (c *publicCheck) run(ctx context.Context) {
 	}
 }
 
-// judge makes a verdict of a round. An error names the relay for which this one gives
-// way. One round alone is no split: while a relay is replaced both answer for a moment.
-func (c *publicCheck) judge(f roundResult, now time.Time) error {
-	was := c.state.verdict()
-	if f.verdict == publicSplit && was != publicSplit && !c.suspected {
-		c.suspected = true
-		c.log.Info("another relay answered to the public name; checking again", "url", c.url, "other", names(f.others), "in", c.pace.again)
-		c.sight(f.others, now)
-		return nil
-	}
-	c.suspected = false
-	if f.verdict != was {
-		c.changed = now
-		c.state.public.Store(uint32(f.verdict))
-		c.report(f, now)
-	}
-	if f.verdict != publicSplit {
-		c.seen = nil
-		c.state.yields.Store(false)
-		return nil
-	}
-	return c.sight(f.others, now)
-}
-
-// ---- which of two relays stays ----
-
-// rival is another relay as one of its answers shows it, beside this one at that
-// moment.
-type rival struct {
-	identity
-	asked  time.Time // the answer is from then or a little later
-	told   bool      // it tells its standing, which older relays do not
-	theirs standing
-	mine   standing // when it was asked, so that its age is the least it can be
-}
-
-// sameAge is the difference between ages that two relays do not argue about.
-const sameAge = time.Second
-
-// prevails reports whether the other relay is the one to stay, and why. Both come to
-// the same result, whatever their clocks say of the date: the one with binaries of
-// users stays, unless the ages alone are to count, then the one that has run for
-// longer, then the smaller id.
-func (o *rival) prevails(me identity, agesAlone bool) (stays bool, why string) {
-	switch ahead := o.mine.age - o.theirs.age; {
-	case !o.told: // it goes by the dates, so this one has to
-		earlier := cmp.Or(o.started.Compare(me.started), cmp.Compare(o.id, me.id)) < 0
-		return earlier, "it is of an older version, and started first by its clock"
-	case o.theirs.users != o.mine.users && !agesAlone:
-		return o.theirs.users, "it holds binaries of users, and this one holds none"
-	case ahead > sameAge || ahead < -sameAge:
-		return ahead < 0, "it has run for longer"
-	}
-	return o.id < me.id, "both have run for the same time, and its id is the smaller one"
-}
-
-// age is how long the other has run.
-func (o *rival) age(now time.Time) time.Duration {
-	if o.told {
-		return o.theirs.age + now.Sub(o.asked)
-	}
-	return now.Sub(o.started)
-}
-
-// sight remembers others, and which of them this relay gives way to. The error, if
-// it is time for one, names the oldest for which it was so often and long enough.
-//
-// Never do two leave for each other. A relay says in its answers that it yields
-// for c.pace.over at least before it leaves, and what it leaves upon is an answer
-// not older than half of that. So of two that are about to, one knows it of the
-// other, and there only the greater id leaves. Nor do both stay: each takes its own
-// age at the least, so in doubt both yield; and what changes meanwhile, which is
-// where users' binaries are, counts for splitDoubts times c.pace.over only.
-func (c *publicCheck) sight(others []rival, now time.Time) error {
-	if c.seen == nil {
-		c.seen = map[string]*observation{}
-	}
-	var stays *rival
-	var why string
-	for i := range others {
-		o := &others[i]
-		s := c.seen[o.id]
-		if s == nil {
-			s = &observation{since: now}
-			c.seen[o.id] = s
-		}
-		gives, reason := o.prevails(c.me, now.Sub(s.since) >= splitDoubts*c.pace.over)
-		if o.theirs.yields {
-			gives, reason = s.rounds > 0 && o.id < c.me.id, "each would give way to the other, and its id is the smaller one"
-		}
-		if !gives {
-			s.rounds = 0
-			continue
-		}
-		if s.rounds++; s.rounds == 1 {
-			s.first = now
-		}
-		confirmed := s.rounds >= splitRounds && o.asked.Sub(s.first) >= c.pace.over && now.Sub(o.asked) <= c.pace.over/2
-		if confirmed && (stays == nil || o.age(now) > stays.age(now)) {
-			stays, why = o, reason
-		}
-	}
-	yields := false
-	for _, s := range c.seen {
-		yields = yields || s.rounds > 0 && !c.bypass
-	}
-	c.state.yields.Store(yields)
-	if stays == nil || c.bypass {
-		return nil
-	}
-	s := c.seen[stays.id]
-	return fmt.Errorf("refusing to go on: multi-instance deploy detected: relay %s, up %s (since %s by its clock), "+
-		"answers to %s as well, seen %d times within %v; each has a registry of its own, and "+lostPhone+": "+
-		"this one (%s, up %s) stops, so that one goes on: %s; run exactly one behind that name, "+
-		"or, for an emergency or a migration only, set %s=1",
-		stays.id, age(stays.age(now)), stays.started.Format(time.RFC3339), c.url, s.rounds, now.Sub(s.first).Round(time.Second),
-		c.me.id, age(now.Sub(c.began)), why, bypassName)
-}
-
-// report logs a verdict that is new.
-func (c *publicCheck) report(f roundResult, now time.Time) {
-	found := []any{"url", c.url, "found", f.diagnosis.what, "remedy", f.diagnosis.remedy, "phones", f.joins, "failed", f.failed}
-	switch {
-	case f.verdict == publicVerified:
-		c.log.Info("public name verified: it leads to this relay and to no other", "url", c.url, "phones", f.joins)
-	case f.verdict == publicSplit:
-		next := "the other one stops if it has -public-url, too"
-		for _, other := range f.others {
-			if stays, why := other.prevails(c.me, false); stays {
-				next = fmt.Sprintf("this relay stops if that lasts for %v: %s", c.pace.over, why)
-			}
-		}
-		if c.bypass {
-			next = bypassName + "=1: this relay goes on"
-		}
-		found = []any{"url", c.url, "other", names(f.others), "instance", c.me.id, "age", now.Sub(c.began), "next", next}
-		if len(f.others) > 0 {
-			found = append(found, "other_age", f.others[0].age(now))
-		}
-		c.log.Error("multi-instance deploy detected: another relay answers to the public name, "+
-			"and a phone that lands on the wrong one gets 4404 although its binary is online: run exactly one", found...)
-	case f.verdict == publicNotARelay:
-		c.log.Warn("public name not verified: something that is not this relay answers", found...)
-	case f.failed < f.joins:
-		c.log.Warn("public name not verified: some of the connections through it fail", found...)
-	default:
-		c.log.Warn("public name not verified: this relay does not reach itself through it, and serves on; "+
-			"behind a home router (hairpin NAT, split DNS) that is common, and no harm if peers do", found...)
-	}
-}
-
-// names lists instances for the log.
-func names(others []rival) string {
-	if len(others) == 0 {
-		return "a relay that does not say who it is, of an older version"
-	}
-	var all []string
-	for _, o := range others {
-		all = append(all, o.id)
-	}
-	return strings.Join(all, " ")
-}
-
 // ---- one round of it ----
 
 // A round is a claim, and phones that join it, all from outside. A phone that gets
@@ -849,11 +686,173 @@ func (c *publicCheck) reached(t *dialTrace, err error) outcome {
 // rest is a pause of random length, so that of two relays that check at the same
 // time behind a round robin each does not get just its own.
 func (c *publicCheck) rest(ctx context.Context) {
-	if c.pause <= 0 {
-		return
-	}
 	select {
-	case <-time.After(mrand.N(c.pause)):
+	case <-time.After(mrand.N(c.pause + 1)):
 	case <-ctx.Done():
 	}
+}
+
+// ---- what becomes of it ----
+
+// judge makes a verdict of a round. An error names the relay for which this one gives
+// way. One round alone is no split: while a relay is replaced both answer for a moment.
+func (c *publicCheck) judge(f roundResult, now time.Time) error {
+	was := c.state.verdict()
+	if f.verdict == publicSplit && was != publicSplit && !c.suspected {
+		c.suspected = true
+		c.log.Info("another relay answered to the public name; checking again", "url", c.url, "other", names(f.others), "in", c.pace.again)
+		c.sight(f.others, now)
+		return nil
+	}
+	c.suspected = false
+	if f.verdict != was {
+		c.changed = now
+		c.state.public.Store(uint32(f.verdict))
+		c.report(f, now)
+	}
+	if f.verdict != publicSplit {
+		c.seen = nil
+		c.state.yields.Store(false)
+		return nil
+	}
+	return c.sight(f.others, now)
+}
+
+// report logs a verdict that is new.
+func (c *publicCheck) report(f roundResult, now time.Time) {
+	found := []any{"url", c.url, "found", f.diagnosis.what, "remedy", f.diagnosis.remedy, "phones", f.joins, "failed", f.failed}
+	switch {
+	case f.verdict == publicVerified:
+		c.log.Info("public name verified: it leads to this relay and to no other", "url", c.url, "phones", f.joins)
+	case f.verdict == publicSplit:
+		next := "the other one stops if it has -public-url, too"
+		for _, other := range f.others {
+			if stays, why := other.prevails(c.me, false); stays {
+				next = fmt.Sprintf("this relay stops if that lasts for %v: %s", c.pace.over, why)
+			}
+		}
+		if c.bypass {
+			next = bypassName + "=1: this relay goes on"
+		}
+		found = []any{"url", c.url, "other", names(f.others), "instance", c.me.id, "age", now.Sub(c.began), "next", next}
+		if len(f.others) > 0 {
+			found = append(found, "other_age", f.others[0].age(now))
+		}
+		c.log.Error("multi-instance deploy detected: another relay answers to the public name, "+
+			"and a phone that lands on the wrong one gets 4404 although its binary is online: run exactly one", found...)
+	case f.verdict == publicNotARelay:
+		c.log.Warn("public name not verified: something that is not this relay answers", found...)
+	case f.failed < f.joins:
+		c.log.Warn("public name not verified: some of the connections through it fail", found...)
+	default:
+		c.log.Warn("public name not verified: this relay does not reach itself through it, and serves on; "+
+			"behind a home router (hairpin NAT, split DNS) that is common, and no harm if peers do", found...)
+	}
+}
+
+// names lists instances for the log.
+func names(others []rival) string {
+	if len(others) == 0 {
+		return "a relay that does not say who it is, of an older version"
+	}
+	var all []string
+	for _, o := range others {
+		all = append(all, o.id)
+	}
+	return strings.Join(all, " ")
+}
+
+// ---- which of two relays stays ----
+
+// rival is another relay as one of its answers shows it, beside this one at that
+// moment.
+type rival struct {
+	identity
+	asked  time.Time // the answer is from then or a little later
+	told   bool      // it tells its standing, which older relays do not
+	theirs standing
+	mine   standing // when it was asked, so that its age is the least it can be
+}
+
+// sameAge is the difference between ages that two relays do not argue about.
+const sameAge = time.Second
+
+// prevails reports whether the other relay is the one to stay, and why. Both come to
+// the same result, whatever their clocks say of the date: the one with binaries of
+// users stays, unless the ages alone are to count, then the one that has run for
+// longer, then the smaller id.
+func (o *rival) prevails(me identity, agesAlone bool) (stays bool, why string) {
+	switch ahead := o.mine.age - o.theirs.age; {
+	case !o.told: // it goes by the dates, so this one has to
+		earlier := cmp.Or(o.started.Compare(me.started), cmp.Compare(o.id, me.id)) < 0
+		return earlier, "it is of an older version, and started first by its clock"
+	case o.theirs.users != o.mine.users && !agesAlone:
+		return o.theirs.users, "it holds binaries of users, and this one holds none"
+	case ahead > sameAge || ahead < -sameAge:
+		return ahead < 0, "it has run for longer"
+	}
+	return o.id < me.id, "both have run for the same time, and its id is the smaller one"
+}
+
+// age is how long the other has run.
+func (o *rival) age(now time.Time) time.Duration {
+	if o.told {
+		return o.theirs.age + now.Sub(o.asked)
+	}
+	return now.Sub(o.started)
+}
+
+// sight remembers others, and which of them this relay gives way to. The error, if
+// it is time for one, names the oldest for which it was so often and long enough.
+//
+// Never do two leave for each other. A relay says in its answers that it yields
+// for c.pace.over at least before it leaves, and what it leaves upon is an answer
+// not older than half of that. So of two that are about to, one knows it of the
+// other, and there only the greater id leaves. Nor do both stay: each takes its own
+// age at the least, so in doubt both yield; and what changes meanwhile, which is
+// where users' binaries are, counts for splitDoubts times c.pace.over only.
+func (c *publicCheck) sight(others []rival, now time.Time) error {
+	if c.seen == nil {
+		c.seen = map[string]*observation{}
+	}
+	var stays *rival
+	var why string
+	for i := range others {
+		o := &others[i]
+		s := c.seen[o.id]
+		if s == nil {
+			s = &observation{since: now}
+			c.seen[o.id] = s
+		}
+		gives, reason := o.prevails(c.me, now.Sub(s.since) >= splitDoubts*c.pace.over)
+		if o.theirs.yields {
+			gives, reason = s.rounds > 0 && o.id < c.me.id, "each would give way to the other, and its id is the smaller one"
+		}
+		if !gives {
+			s.rounds = 0
+			continue
+		}
+		if s.rounds++; s.rounds == 1 {
+			s.first = now
+		}
+		confirmed := s.rounds >= splitRounds && o.asked.Sub(s.first) >= c.pace.over && now.Sub(o.asked) <= c.pace.over/2
+		if confirmed && (stays == nil || o.age(now) > stays.age(now)) {
+			stays, why = o, reason
+		}
+	}
+	yields := false
+	for _, s := range c.seen {
+		yields = yields || s.rounds > 0 && !c.bypass
+	}
+	c.state.yields.Store(yields)
+	if stays == nil || c.bypass {
+		return nil
+	}
+	s := c.seen[stays.id]
+	return fmt.Errorf("refusing to go on: multi-instance deploy detected: relay %s, up %s (since %s by its clock), "+
+		"answers to %s as well, seen %d times within %v; each has a registry of its own, and "+lostPhone+": "+
+		"this one (%s, up %s) stops, so that one goes on: %s; run exactly one behind that name, "+
+		"or, for an emergency or a migration only, set %s=1",
+		stays.id, age(stays.age(now)), stays.started.Format(time.RFC3339), c.url, s.rounds, now.Sub(s.first).Round(time.Second),
+		c.me.id, age(now.Sub(c.began)), why, bypassName)
 }
