@@ -95,7 +95,7 @@ func (r *rates) allow(addr netip.Addr) (ok bool, wait time.Duration) {
 
 // evict makes room in a full table, mu held: of a few buckets the fullest goes,
 // which forgives least. Buckets don't slow down a stranger that commands so many
-// addresses; but it must not lock out everybody else.
+// addresses; but it must not lock out all others.
 func (r *rates) evict() {
 	victim, _ := stalest(r.seen, func(full int64) int64 { return full })
 	delete(r.seen, victim)

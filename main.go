@@ -62,14 +62,14 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	}
 	code := exitRefused
 	if err == nil {
-		signal.Ignore(syscall.SIGPIPE) // a log that nobody reads any more ends nothing
+		signal.Ignore(syscall.SIGPIPE) // a log whose reader is gone ends nothing
 		w := &logWriter{out: stderr, lostLine: o.lostLine}
 		code, err = serve(ctx, o, w)
 		w.Close()
 	}
 	if err != nil {
-		// The last line is a plain one, whatever the format of the log: a person reads
-		// it who starts a relay by hand or looks for why a service won't start.
+		// The last line is plain, whatever the format of the log: a person reads it, who
+		// starts a relay by hand or looks for why a service won't start.
 		fmt.Fprintf(stderr, "%s: refusing to start: %v\n", programName, err)
 	}
 	return code
@@ -196,7 +196,7 @@ func listen(flag, addr string) (net.Listener, error) {
 // newAcceptor is what stands between a listener and net/http; accept_linux.go has one.
 var newAcceptor = func(ln net.Listener) (net.Listener, error) { return ln, nil }
 
-// serveHTTP serves h on ln for r, and reports an end that nobody asked for.
+// serveHTTP serves h on ln for r, and reports an end other than by closing either.
 func serveHTTP(ln net.Listener, h http.Handler, r *relay, failed chan<- error) *http.Server {
 	s := newServer(h, r)
 	go func() {

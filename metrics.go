@@ -161,7 +161,7 @@ func openFiles() (n int64, ok bool) {
 // Every word that tells why something ended or was left out, once. The same
 // words stand in logs, metrics, close frames and docs/protocol.md.
 
-// leg is a side of the relay: a connection of a binary or of a phone.
+// role is what a connection's peer is: a binary or a phone. Logs and metrics call it leg.
 type role uint8
 
 const (
@@ -265,7 +265,7 @@ func (r closeReason) String() string {
 // 0 where the code is the peer's own.
 func (r closeReason) code() uint16 { return closeReasons[r].code }
 
-// dropReason says why an envelope of a binary went nowhere. Its leg lives on.
+// dropReason says why an envelope of a binary went nowhere. The connection lives on.
 type dropReason int8
 
 // dropNone: the envelope is good.
