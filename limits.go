@@ -209,6 +209,7 @@ func (l guests) Accept() (net.Conn, error) {
 // since net/http bounds its bytes only, and a line of four costs a hundred.
 type guest struct {
 	net.Conn
+	place *list.Element // in limitIdle's line, which guards it
 
 	// Owned by the goroutine that reads.
 	lines int  // of the head that is being read
@@ -276,31 +277,20 @@ func (g *guest) CloseWrite() error {
 // a byte of it: strangers that dawdle must not lock others out.
 func limitIdle() func(net.Conn, http.ConnState) {
 	var mu sync.Mutex
-	var line list.List // of net.Conn, the longest waiting in front
-	place := map[net.Conn]*list.Element{}
-	leave := func(c net.Conn) {
-		if e := place[c]; e != nil {
-			line.Remove(e)
-			delete(place, c)
-		}
-	}
+	var line list.List // of *guest, the longest waiting in front
 	return func(c net.Conn, s http.ConnState) {
 		mu.Lock()
 		defer mu.Unlock()
-		switch s {
-		case http.StateHijacked, http.StateClosed:
-			leave(c)
-		case http.StateIdle: // its request was answered
-			if e := place[c]; e != nil {
-				line.MoveToBack(e)
-			}
+		switch g := c.(*guest); s {
 		case http.StateNew:
 			if line.Len() >= maxWaiting {
-				victim := line.Front().Value.(net.Conn)
-				leave(victim)
-				victim.Close()
+				line.Remove(line.Front()).(*guest).Close()
 			}
-			place[c] = line.PushBack(c)
+			g.place = line.PushBack(g)
+		case http.StateIdle: // its request was answered
+			line.MoveToBack(g.place) // if it is still there
+		case http.StateHijacked, http.StateClosed:
+			line.Remove(g.place)
 		}
 	}
 }

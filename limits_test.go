@@ -618,23 +618,25 @@ func (c *endConn) Close() error { c.closed = true; return nil }
 func TestLimitsIdle(t *testing.T) {
 	t.Parallel()
 	hook := limitIdle()
-	var all []*endConn
-	arrive := func() *endConn {
-		c := new(endConn)
-		all = append(all, c)
-		hook(c, http.StateNew)
-		return c
+	var all []*guest
+	arrive := func() *guest {
+		g := &guest{Conn: new(endConn)}
+		all = append(all, g)
+		hook(g, http.StateNew)
+		return g
 	}
+	closed := func(g *guest) bool { return g.Conn.(*endConn).closed }
 	// net/http says so when it finds out.
-	sweep := func() (closed int) {
-		for _, c := range all {
-			if c.closed {
-				closed++
-				hook(c, http.StateActive) // it may have been about to
-				hook(c, http.StateClosed)
+	sweep := func() (n int) {
+		for _, g := range all {
+			if closed(g) {
+				n++
+				hook(g, http.StateActive) // it may have been about to
+				hook(g, http.StateIdle)
+				hook(g, http.StateClosed)
 			}
 		}
-		return closed
+		return n
 	}
 	for range maxWaiting {
 		arrive()
@@ -653,10 +655,10 @@ func TestLimitsIdle(t *testing.T) {
 			t.Fatalf("two places were given back: after arrival %d %d had to go, want %d", i+1, got, want)
 		}
 	}
-	if all[0].closed || !all[2].closed || !all[3].closed {
+	if closed(all[0]) || !closed(all[2]) || !closed(all[3]) {
 		t.Fatal("a session had to go, or not the two that had waited for the longest")
 	}
-	// Whoever moves is not the one to go, however many come.
+	// One whose requests are answered is not the one to go, however many come.
 	busy := all[4:8]
 	for _, c := range busy {
 		hook(c, http.StateIdle)
@@ -667,7 +669,7 @@ func TestLimitsIdle(t *testing.T) {
 		}
 		last := arrive()
 		for _, c := range append(busy, last) {
-			if c.closed {
+			if closed(c) {
 				t.Fatal("one that had just moved had to go")
 			}
 		}

@@ -48,27 +48,27 @@ func (m *metrics) text() []byte {
 	e.gauge("connected_phones", "Phones that are connected to a server-id.", m.connectedPhones.Load())
 
 	e.family("frames_forwarded_total", "counter", "Messages forwarded, by direction: up is phone to binary.")
-	e.sample("frames_forwarded_total", m.framesUp.Load(), "direction", "up")
-	e.sample("frames_forwarded_total", m.framesDown.Load(), "direction", "down")
+	e.sample(m.framesUp.Load(), "frames_forwarded_total{direction=%q}", "up")
+	e.sample(m.framesDown.Load(), "frames_forwarded_total{direction=%q}", "down")
 	e.family("forwarded_bytes_total", "counter", "Payload bytes forwarded, without envelope, by direction.")
-	e.sample("forwarded_bytes_total", m.bytesUp.Load(), "direction", "up")
-	e.sample("forwarded_bytes_total", m.bytesDown.Load(), "direction", "down")
+	e.sample(m.bytesUp.Load(), "forwarded_bytes_total{direction=%q}", "up")
+	e.sample(m.bytesDown.Load(), "forwarded_bytes_total{direction=%q}", "down")
 
 	e.family("upgrades_total", "counter", "Requests on the WebSocket endpoints, by endpoint and outcome.")
 	for role := range roleCount {
 		for o := range upgradeOutcomeCount {
-			e.sample("upgrades_total", m.upgrades[role][o].Load(), "endpoint", endpointWords[role], "outcome", o.String())
+			e.sample(m.upgrades[role][o].Load(), "upgrades_total{endpoint=%q,outcome=%q}", endpointWords[role], o)
 		}
 	}
 	e.family("closes_total", "counter", "Connections that have ended, by leg and reason.")
 	for role := range roleCount {
 		for r := range closeReasonCount {
-			e.sample("closes_total", m.closes[role][r].Load(), "leg", role.String(), "reason", r.String())
+			e.sample(m.closes[role][r].Load(), "closes_total{leg=%q,reason=%q}", role, r)
 		}
 	}
 	e.family("dropped_envelopes_total", "counter", "Envelopes of binaries that went nowhere, by reason.")
 	for r := range dropReasonCount {
-		e.sample("dropped_envelopes_total", m.drops[r].Load(), "reason", r.String())
+		e.sample(m.drops[r].Load(), "dropped_envelopes_total{reason=%q}", r)
 	}
 
 	e.gauge("queued_bytes", "Bytes of buffers that hold queued or half-received messages.", m.budget.used())
@@ -80,14 +80,14 @@ func (m *metrics) text() []byte {
 
 	e.family("instance_check", "gauge", "Whether this is the only instance: 1 for what each check found.")
 	bypassed, public := m.instance.bypassed.Load(), m.instance.verdict()
-	e.sample("instance_check", truth(!bypassed), "check", "host", "verdict", "held")
-	e.sample("instance_check", truth(bypassed), "check", "host", "verdict", "bypassed")
+	e.sample(truth(!bypassed), "instance_check{check=%q,verdict=%q}", "host", "held")
+	e.sample(truth(bypassed), "instance_check{check=%q,verdict=%q}", "host", "bypassed")
 	for v := range publicVerdictCount {
-		e.sample("instance_check", truth(v == public), "check", "public", "verdict", v.String())
+		e.sample(truth(v == public), "instance_check{check=%q,verdict=%q}", "public", v)
 	}
 
 	e.family("build_info", "gauge", "Always 1: the version in the labels.")
-	e.sample("build_info", 1, "version", m.build.version, "revision", m.build.revision, "goversion", m.build.goVersion, "instance", m.id.id)
+	e.sample(1, "build_info{version=%q,revision=%q,goversion=%q,instance=%q}", m.build.version, m.build.revision, m.build.goVersion, m.id.id)
 	e.family("start_time_seconds", "gauge", "When this process started, in seconds since 1970.")
 	fmt.Fprintf(&e.b, "pyrycode_relay_start_time_seconds %.3f\n", float64(m.id.started.UnixMilli())/1000)
 	e.gauge("goroutines", "Goroutines.", int64(runtime.NumGoroutine()))
@@ -115,31 +115,20 @@ func (e *exposition) family(name, kind, help string) {
 	fmt.Fprintf(&e.b, "# HELP pyrycode_relay_%s %s\n# TYPE pyrycode_relay_%[1]s %[3]s\n", name, help, kind)
 }
 
-// sample writes one value; labels are names and values in turn.
-func (e *exposition) sample(name string, v int64, labels ...string) {
-	e.b.WriteString("pyrycode_relay_" + name)
-	for i := 0; i < len(labels); i += 2 {
-		sep := ","
-		if i == 0 {
-			sep = "{"
-		}
-		// Go's quoting and Prometheus's agree for text without control characters.
-		fmt.Fprintf(&e.b, "%s%s=%q", sep, labels[i], labels[i+1])
-	}
-	if len(labels) > 0 {
-		e.b.WriteByte('}')
-	}
-	fmt.Fprintf(&e.b, " %d\n", v)
+// sample writes one value. Go's quoting of labels and Prometheus's agree for text
+// without control characters.
+func (e *exposition) sample(v int64, series string, labels ...any) {
+	fmt.Fprintf(&e.b, "pyrycode_relay_"+series+" %d\n", append(labels, v)...)
 }
 
 func (e *exposition) gauge(name, help string, v int64) {
 	e.family(name, "gauge", help)
-	e.sample(name, v)
+	e.sample(v, name)
 }
 
 func (e *exposition) counter(name, help string, v int64) {
 	e.family(name, "counter", help)
-	e.sample(name, v)
+	e.sample(v, name)
 }
 
 // residentMemory is the size in RAM, in bytes (proc(5), statm).
