@@ -139,9 +139,11 @@ func TestDocsSingleInstance(t *testing.T) {
 		}
 	}
 	for path, words := range map[string][]string{
-		"docs/architecture.md":                   {"MUST NOT", "4404", "for **emergency** and **migration** use only, and not recommended for production", bypassName + "=1", "-public-url", "-instance-lock"},
-		"docs/decisions/0001-single-instance.md": {bypassName, "-public-url", "-instance-lock", "## Alternatives", "## Canaries"},
-		"README.md":                              {"**Run exactly one.**", bypassName + "=1", "docs/architecture.md#single-instance-constraint-v1"},
+		"docs/architecture.md": {"MUST NOT", "4404", bypassName + "=1", "-public-url", "-instance-lock",
+			"for **emergency** and **migration** use only, and not recommended for production"},
+		"docs/decisions/0001-single-instance.md": {bypassName, "-public-url", "-instance-lock",
+			"## Alternatives", "## Canaries"},
+		"README.md": {"**Run exactly one.**", bypassName + "=1", "docs/architecture.md#single-instance-constraint-v1"},
 	} {
 		for _, w := range words {
 			if !strings.Contains(readDoc(t, path), w) {

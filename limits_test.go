@@ -307,7 +307,8 @@ func TestLimitsUntrustedProxyIsNamed(t *testing.T) {
 	ask("172.18.0.2", "192.0.2.1")
 	ask("172.18.0.2", "192.0.2.2")
 	ask("::ffff:172.18.0.2", "192.0.2.3")
-	want := "level=WARN msg=\"X-Forwarded-For from 172.18.0.2 ignored: it is not in -trusted-proxies; all who come through it share one rate limit\"\n"
+	want := "level=WARN msg=\"X-Forwarded-For from 172.18.0.2 ignored: it is not in -trusted-proxies; " +
+		"all who come through it share one rate limit\"\n"
 	if n := said(); n != 1 || !strings.Contains(r.logs.String(), want) {
 		t.Errorf("%d lines, want one: %s", n, want)
 	}

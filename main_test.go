@@ -25,6 +25,7 @@ import (
 	"testing"
 	"testing/synctest"
 	"time"
+	"unicode"
 )
 
 // The program: how it starts and stops, its pages for operators, its options, its
@@ -412,6 +413,37 @@ func TestOptionsTaken(t *testing.T) {
 			t.Errorf("%s %s: %+v, %v", c.env, c.args, o, err)
 		}
 	}
+}
+
+// FuzzOptionsRelayURL: what is read of an operator's URL is the same when it is
+// written and read again, and holds nothing that a request line could be broken with.
+func FuzzOptionsRelayURL(f *testing.F) {
+	for _, s := range []string{
+		"wss://relay.example.com", "ws://127.0.0.1:8080/", "ws://[::1]:8080", "ws://[fe80::1%25eth0]:1", "ws://[fe80::1%25e\x80th0]",
+		"wss://h?", "wss://h#", "wss://h/?#", "wss://h/p", "wss://u@h", "wss://h:", "wss://h:0", "wss://h:65536", "wss://:1", "wss:h",
+		"wss:///", "WSS://H", "https://h", "wss://h\r\nx: y", "wss://%0a", "wss://é.example", "//h", "",
+	} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		u, err := parseRelayURL(s)
+		if err != nil {
+			return
+		}
+		text := u.String()
+		rest, ok := strings.CutPrefix(text, u.Scheme+"://")
+		if !ok || strings.ContainsAny(rest, "/?#@ ") || strings.ContainsFunc(text, unicode.IsControl) {
+			t.Errorf("%q was read as %q", s, text)
+		}
+		if again, err := parseRelayURL(text); err != nil || again.String() != text || again.Hostname() != u.Hostname() {
+			t.Errorf("%q: %s was read back as %s, %v", s, text, again, err)
+		}
+		if port := u.Port(); port != "" {
+			if _, err := net.LookupPort("tcp", port); err != nil {
+				t.Errorf("%q: port %q: %v", s, port, err)
+			}
+		}
+	})
 }
 
 func TestOptionsHelp(t *testing.T) {

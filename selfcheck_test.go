@@ -1289,3 +1289,33 @@ func TestPublicCheckYoungerRelayLeaves(t *testing.T) {
 		})
 	}
 }
+
+// FuzzSelfcheckHeaders: what is read of a stranger's instance header or standing is
+// the same when it is written and read again, and holds nothing that a log could
+// be broken with.
+func FuzzSelfcheckHeaders(f *testing.F) {
+	for _, s := range []string{
+		newIdentity(time.Now()).String(), "0123456789abcdef, 2026-01-02T03:04:05Z", "0123456789ABCDEF, 2026-01-02T03:04:05.678+23:59",
+		"0123456789abcdef, 9999-12-31T23:59:59-01:00", "0123456789abcd, 2026-01-02T03:04:05Z", "0123456789abcdef01, 2026-01-02T03:04:05Z",
+		"0123456789abcdef,2026-01-02T03:04:05Z", "0123456789abcdeg, x", "259200.000, users, yields", "0.0004,x", "1e9", "0x1p4, users", "",
+	} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		if id, err := parseIdentity(s); err == nil {
+			if again, err := parseIdentity(id.String()); err != nil || again.id != id.id || !again.started.Equal(id.started) {
+				t.Errorf("%q: %s was read back as %s, %v", s, id, again, err)
+			}
+			if strings.Trim(id.id, "0123456789abcdefABCDEF") != "" || len(id.id) != 16 {
+				t.Errorf("%q: id %q", s, id.id)
+			}
+		}
+		if st, err := parseStanding(s); err == nil {
+			again, err := parseStanding(st.String())
+			off := (again.age - st.age).Abs()
+			if err != nil || again.users != st.users || again.yields != st.yields || off > time.Millisecond {
+				t.Errorf("%q: %s was read back as %s, %v", s, st, again, err)
+			}
+		}
+	})
+}
