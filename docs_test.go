@@ -233,6 +233,31 @@ func TestDocsLinks(t *testing.T) {
 	}
 }
 
+// TestDocsFrameWay checks that the functions that a frame passes, as the architecture
+// lists them, are in the files that it names.
+func TestDocsFrameWay(t *testing.T) {
+	t.Parallel()
+	_, way, _ := strings.Cut(readDoc(t, "docs/architecture.md"), "| phone to binary |")
+	way, _, _ = strings.Cut(way, "\n\n")
+	name := regexp.MustCompile("`([a-zA-Z]+)`")
+	found := 0
+	for _, row := range strings.Split(way, "\n") {
+		cells := strings.Split(row, "|")
+		if len(cells) < 5 || !strings.Contains(cells[2], ".go`") {
+			continue
+		}
+		source := readDoc(t, strings.Trim(cells[2], " `"))
+		for _, f := range name.FindAllStringSubmatch(cells[3]+cells[4], -1) {
+			if found++; !regexp.MustCompile(`(?m)^func (\([^)]*\) )?` + f[1] + `\(`).MatchString(source) {
+				t.Errorf("docs/architecture.md: %s has no function %s", cells[2], f[1])
+			}
+		}
+	}
+	if found < 20 {
+		t.Errorf("docs/architecture.md lists %d functions of a frame's way", found)
+	}
+}
+
 // TestDocsTables checks that every table has the line under its head without
 // which it is shown as text, and the head's number of cells in each row.
 func TestDocsTables(t *testing.T) {
