@@ -197,51 +197,51 @@ type refusal struct {
 // serve takes a request on a WebSocket endpoint through the gates and into its
 // session.
 func (r *relay) serve(w http.ResponseWriter, q *http.Request, role role) {
-	who := caller{
+	from := caller{
 		role: role, serverID: q.Header.Get("X-Pyrycode-Server"),
 		addr: clientAddr(q, r.o.trustedProxies), proxied: within(peerAddr(q), r.o.trustedProxies),
 	}
 	if token := q.Header.Get(probeHeader); token != "" {
-		who.probe = r.probes.valid(who.serverID, token)
+		from.probe = r.probes.valid(from.serverID, token)
 	}
 	if r.ignored.first(q, r.o.trustedProxies) {
 		r.log.Warn(fmt.Sprintf("X-Forwarded-For from %s ignored: it is not in -trusted-proxies; "+
-			"all who come through it share one rate limit", who.addr))
+			"all from come through it share one rate limit", from.addr))
 	}
-	if refused := r.gates(q, who); refused != nil {
-		r.refuse(w, who, refused)
+	if refused := r.gates(q, from); refused != nil {
+		r.refuse(w, from, refused)
 		return
 	}
 	nc, first, answer, err := upgrade(w, q, r.greeting())
 	if err != nil {
-		r.countUpgrade(who, upgradeFailed)
-		r.log.Debug("upgrade failed", "leg", role, "addr", who.addr, "error", err)
+		r.countUpgrade(from, upgradeFailed)
+		r.log.Debug("upgrade failed", "leg", role, "addr", from.addr, "error", err)
 		r.leave(role)
 		return
 	}
-	r.begin(who, nc, first, answer)
+	r.begin(from, nc, first, answer)
 }
 
 // gates are what stands before an upgrade, in the contract's order. A request that
 // passes them is counted until leave.
-func (r *relay) gates(q *http.Request, who caller) *refusal {
+func (r *relay) gates(q *http.Request, from caller) *refusal {
 	if r.draining.Load() {
 		return &refusedDraining
 	}
-	if !who.probe {
-		if ok, wait := r.rates.allow(who.addr); !ok {
+	if !from.probe {
+		if ok, wait := r.rates.allow(from.addr); !ok {
 			return &refusal{http.StatusTooManyRequests, upgradeRateLimited, "too many upgrades from this address: wait", wait}
 		}
 	}
-	if refused := r.enter(who.role); refused != nil {
+	if refused := r.enter(from.role); refused != nil {
 		return refused
 	}
-	refused := checkHeaders(q.Header, who.role)
+	refused := checkHeaders(q.Header, from.role)
 	if refused == nil {
 		refused = checkHandshake(q)
 	}
 	if refused != nil {
-		r.leave(who.role)
+		r.leave(from.role)
 	}
 	return refused
 }
@@ -339,10 +339,10 @@ func validKey(key string) bool {
 	return err == nil && len(b) == 16 && len(key) == base64.StdEncoding.EncodedLen(16)
 }
 
-func (r *relay) refuse(w http.ResponseWriter, who caller, f *refusal) {
-	r.countUpgrade(who, f.outcome)
+func (r *relay) refuse(w http.ResponseWriter, from caller, f *refusal) {
+	r.countUpgrade(from, f.outcome)
 	if more, ok := r.refusals.allow(r.now()); ok {
-		r.log.Warn("upgrade refused", "leg", who.role, "addr", who.addr, "reason", f.outcome, "status", f.status, "unlogged", more)
+		r.log.Warn("upgrade refused", "leg", from.role, "addr", from.addr, "reason", f.outcome, "status", f.status, "unlogged", more)
 	}
 	h := w.Header()
 	switch f.status {
@@ -359,9 +359,9 @@ func (r *relay) refuse(w http.ResponseWriter, who caller, f *refusal) {
 }
 
 // countUpgrade counts how a request ended. The relay's own check is no user.
-func (r *relay) countUpgrade(who caller, o upgradeOutcome) {
-	if !who.probe {
-		r.metrics.upgrades[who.role][o].Add(1)
+func (r *relay) countUpgrade(from caller, o upgradeOutcome) {
+	if !from.probe {
+		r.metrics.upgrades[from.role][o].Add(1)
 	}
 }
 
@@ -443,10 +443,10 @@ type session struct {
 }
 
 // newSession makes a session that has no socket yet.
-func newSession(r *relay, who caller, id string) *session {
-	s := &session{role: who.role, probe: who.probe, id: id}
-	s.proxied = who.proxied
-	s.init(r, s, who.role, who.addr)
+func newSession(r *relay, from caller, id string) *session {
+	s := &session{role: from.role, probe: from.probe, id: id}
+	s.proxied = from.proxied
+	s.init(r, s, from.role, from.addr)
 	return s
 }
 
@@ -461,22 +461,22 @@ func newConnID() string {
 // begin makes a session of an upgraded connection: a poller takes it over, the
 // registry takes it in, and then the 101 goes out, with what is queued behind it
 // by now, and reading starts. first is what came behind the request.
-func (r *relay) begin(who caller, nc net.Conn, first, answer []byte) {
-	s := newSession(r, who, newConnID())
-	if err := r.loop(who.serverID).bind(&s.conn, nc); err != nil { // the peer left just now
-		r.countUpgrade(who, upgradeFailed)
-		r.log.Error("taking over a connection failed", "leg", who.role, "error", err)
+func (r *relay) begin(from caller, nc net.Conn, first, answer []byte) {
+	s := newSession(r, from, newConnID())
+	if err := r.loop(from.serverID).bind(&s.conn, nc); err != nil { // the peer left just now
+		r.countUpgrade(from, upgradeFailed)
+		r.log.Error("taking over a connection failed", "leg", from.role, "error", err)
 		nc.Close()
-		r.leave(who.role)
+		r.leave(from.role)
 		return
 	}
-	r.countUpgrade(who, upgradeAccepted)
+	r.countUpgrade(from, upgradeAccepted)
 	w := r.newBatch()
 	s.greet(w, answer)
 	if s.role == roleBinary {
-		r.registry.claim(w, s, who.serverID)
-	} else if refused, text := r.registry.join(s, who.serverID); refused != endNone {
-		r.refuseSession(w, s, who.serverID, refused, text)
+		r.registry.claim(w, s, from.serverID)
+	} else if refused, text := r.registry.join(s, from.serverID); refused != endNone {
+		r.refuseSession(w, s, from.serverID, refused, text)
 	} else {
 		s.log("connected", "addr", s.addr)
 	}
