@@ -1075,6 +1075,21 @@ func TestDrainOfFrozenPeers(t *testing.T) {
 	})
 }
 
+// drainTells drains r, and all of cs have to be told.
+func (r *testRelay) drainTells(cs ...*wsClient) {
+	r.t.Helper()
+	var peers sync.WaitGroup
+	for i, c := range cs {
+		peers.Go(func() {
+			if code, reason, err := endOf(c); code != 1001 || reason != "shutting down" || err != nil {
+				r.t.Errorf("peer %d ended with %d %q (%v)", i, code, reason, err)
+			}
+		})
+	}
+	r.drained(patience)
+	peers.Wait()
+}
+
 // Grace does not hold a drain up.
 func TestDrainInGrace(t *testing.T) {
 	t.Parallel()
@@ -1083,16 +1098,7 @@ func TestDrainInGrace(t *testing.T) {
 		r.leaves(b)
 		joiner := r.joins("id")
 		joiner.text(`"held"`)
-		var peers sync.WaitGroup
-		for _, ph := range []*wsClient{idle, joiner} {
-			peers.Go(func() {
-				if code, reason, err := endOf(ph); code != 1001 || reason != "shutting down" || err != nil {
-					t.Errorf("a phone ended with %d %q (%v)", code, reason, err)
-				}
-			})
-		}
-		r.drained(patience)
-		peers.Wait()
+		r.drainTells(idle, joiner)
 		if n := r.metrics.binariesInGrace.Load(); n != 0 {
 			t.Errorf("%d binaries in grace", n)
 		}
@@ -1108,15 +1114,6 @@ func TestDrainDuringAChallenge(t *testing.T) {
 		b := r.binary("id")
 		newcomer := r.rival("id")
 		b.wantPing()
-		var peers sync.WaitGroup
-		for _, c := range []*wsClient{b, newcomer} {
-			peers.Go(func() {
-				if code, reason, err := endOf(c); code != 1001 || reason != "shutting down" || err != nil {
-					t.Errorf("a binary ended with %d %q (%v)", code, reason, err)
-				}
-			})
-		}
-		r.drained(patience)
-		peers.Wait()
+		r.drainTells(b, newcomer)
 	})
 }
