@@ -689,7 +689,7 @@ func (s *session) closed(w *writeBatch) {
 func (r *relay) everySession(all []*session) []*session {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	return slices.AppendSeq(all, maps.Keys(r.sessions))
+	return slices.AppendSeq(slices.Grow(all, len(r.sessions)), maps.Keys(r.sessions))
 }
 
 // ---- time ----
