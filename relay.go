@@ -206,7 +206,7 @@ func (r *relay) serve(w http.ResponseWriter, q *http.Request, role role) {
 	}
 	if r.ignored.first(q, r.o.trustedProxies) {
 		r.log.Warn(fmt.Sprintf("X-Forwarded-For from %s ignored: it is not in -trusted-proxies; "+
-			"all from come through it share one rate limit", from.addr))
+			"all who come through it share one rate limit", from.addr))
 	}
 	if refused := r.gates(q, from); refused != nil {
 		r.refuse(w, from, refused)
