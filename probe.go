@@ -252,10 +252,10 @@ func (p *probe) open(ctx context.Context, role role, serverID string) (*wsPeer, 
 	}
 }
 
-// path says how the first connection came through, step by step.
+// path shows how far the first connection came, step by step.
 func (p *probe) path(t *dialTrace, err error) {
 	host := p.dialer.base.Hostname()
-	_, isName := netip.ParseAddr(host)
+	addr, _ := netip.ParseAddr(host)
 	for step := stepDNS; step < stepSession; step++ {
 		took := brief(t.took[step])
 		switch {
@@ -264,7 +264,7 @@ func (p *probe) path(t *dialTrace, err error) {
 		case step == t.step:
 			p.fail(step.String(), diagnose(p.dialer.base, t, err))
 			return
-		case step == stepDNS && isName == nil:
+		case step == stepDNS && addr.IsValid():
 			p.pass("dns", host+" is an address")
 		case step == stepDNS:
 			all := strings.Trim(fmt.Sprint(t.addrs), "[]")
@@ -318,7 +318,7 @@ func (p *probe) meet(t *dialTrace) {
 	m.Connections++
 	m.since = who.started
 	if t.answer.told {
-		m.since = t.answer.asked.Add(-t.answer.what.age) // whatever the clocks of both say
+		m.since = t.answer.asked.Add(-t.answer.standing.age) // whatever the clocks of both say
 	}
 }
 
@@ -639,10 +639,10 @@ type answer struct {
 	header http.Header
 	text   string // the first line of a refusal
 
-	who   identity // the relay that gave the answer
-	named bool     // it gives its name
-	what  standing // of that relay
-	told  bool     // it says that, which older ones do not
+	who      identity // the relay that gave the answer
+	named    bool     // it gives its name
+	standing standing // of that relay
+	told     bool     // it says that, which older ones do not
 }
 
 func readAnswer(r io.Reader, asked time.Time) (a answer, err error) {
@@ -656,8 +656,8 @@ func readAnswer(r io.Reader, asked time.Time) (a answer, err error) {
 		a.text, _, _ = strings.Cut(strings.TrimSpace(string(b)), "\n")
 	}
 	who, notNamed := parseIdentity(a.header.Get(instanceHeader))
-	what, notTold := parseStanding(a.header.Get(standingHeader))
-	a.who, a.named, a.what, a.told = who, notNamed == nil, what, notTold == nil
+	s, notTold := parseStanding(a.header.Get(standingHeader))
+	a.who, a.named, a.standing, a.told = who, notNamed == nil, s, notTold == nil
 	return a, nil
 }
 
@@ -966,9 +966,9 @@ type diagnosis struct{ what, remedy string }
 
 // diagnose tells what a failed dial, or a session's early end, means.
 func diagnose(base *url.URL, t *dialTrace, err error) (d diagnosis) {
-	notFound, _ := errors.AsType[*net.DNSError](err)
+	lookup, _ := errors.AsType[*net.DNSError](err)
 	switch {
-	case t.step == stepDNS && notFound != nil && notFound.IsNotFound:
+	case t.step == stepDNS && lookup != nil && lookup.IsNotFound:
 		d = diagnosis{fmt.Sprintf("the name %s is not known here", base.Hostname()), "correct the name, or give it an A or AAAA record; " +
 			"a home network may answer for other names than the world does (split DNS)"}
 	case t.step == stepDNS:

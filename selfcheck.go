@@ -672,7 +672,7 @@ func (c *publicCheck) reached(t *dialTrace, err error) outcome {
 	case here:
 		return outcome{verdict: publicVerified}
 	case a.named:
-		o := rival{identity: a.who, asked: a.asked, told: a.told, theirs: a.what, mine: c.standing()}
+		o := rival{identity: a.who, asked: a.asked, told: a.told, theirs: a.standing, mine: c.standing()}
 		o.mine.age -= time.Since(a.asked)
 		return outcome{verdict: publicSplit, other: o}
 	}
