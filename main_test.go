@@ -607,24 +607,25 @@ func lostWords(lines int64) []byte { return fmt.Appendf(nil, "lost %d\n", lines)
 func TestLogWriterGathers(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		var writes []string
-		w := &logWriter{out: writerFunc(func(p []byte) (int, error) { writes = append(writes, string(p)); return len(p), nil })}
+		var out logBuffer
+		var writes atomic.Int64
+		w := &logWriter{out: writerFunc(func(p []byte) (int, error) { writes.Add(1); return out.Write(p) })}
 		for i := range 100 {
 			fmt.Fprintf(w, "line %d\n", i)
 		}
 		synctest.Wait()
-		if len(writes) > 0 {
-			t.Errorf("%q was written before lines could gather", writes)
+		if writes.Load() > 0 {
+			t.Errorf("%q was written before lines could gather", out.String())
 		}
 		for _, idle := range []time.Duration{logDelay, time.Hour} {
 			time.Sleep(idle)
 			synctest.Wait()
-			if len(writes) != 1 || strings.Count(writes[0], "\n") != 100 {
-				t.Errorf("after %v: %d writes, want one of 100 lines: %q", idle, len(writes), writes)
+			if writes.Load() != 1 || strings.Count(out.String(), "\n") != 100 {
+				t.Errorf("after %v: %d writes, want one of 100 lines: %q", idle, writes.Load(), out.String())
 			}
 		}
-		if w.Close(); len(writes) != 1 {
-			t.Errorf("%d writes, one of them of nothing", len(writes))
+		if w.Close(); writes.Load() != 1 {
+			t.Errorf("%d writes, one of them of nothing", writes.Load())
 		}
 	})
 }
@@ -634,7 +635,7 @@ func TestLogWriterGathers(t *testing.T) {
 func TestLogWriterBound(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		var out strings.Builder
+		var out logBuffer
 		begun, gate := make(chan struct{}, 10), make(chan struct{}) // a write that begins; a write needs it closed
 		w := &logWriter{lostLine: lostWords, out: writerFunc(func(p []byte) (int, error) { begun <- struct{}{}; <-gate; return out.Write(p) })}
 		line := []byte(strings.Repeat("x", 1023) + "\n")
@@ -699,14 +700,16 @@ func TestLogWriterClose(t *testing.T) {
 func TestLogWriterReaderGone(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		var out strings.Builder
-		room := len("line 0\nli") // bytes that a pipe takes before it breaks, -1 for all
+		var out logBuffer
+		var room atomic.Int64 // bytes that a pipe takes before it breaks, -1 for all
+		room.Store(int64(len("line 0\nli")))
 		w := &logWriter{lostLine: lostWords, out: writerFunc(func(p []byte) (int, error) {
-			if room < 0 {
+			n := int(room.Load())
+			if n < 0 {
 				return out.Write(p)
 			}
-			n, _ := out.Write(p[:min(room, len(p))])
-			room = 0
+			room.Store(0)
+			n, _ = out.Write(p[:min(n, len(p))])
 			return n, syscall.EPIPE
 		})}
 		say := func(lines string) {
@@ -721,7 +724,7 @@ func TestLogWriterReaderGone(t *testing.T) {
 			t.Errorf("%d lines lost, want 2 of 3", got)
 		}
 		say("line 3\n")
-		room = -1
+		room.Store(-1)
 		say("line 4\n")
 		say("line 5\n")
 		w.Close()
