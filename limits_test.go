@@ -691,7 +691,7 @@ func TestLimitsIdle(t *testing.T) {
 
 // dawdlers keep half as many connections again as there is room for, which send
 // what head says and then a byte of it now and then, and come back when they have
-// to go: each arrival takes a word of arrive, if that is not closed.
+// to go: each arrival takes a word of arrive.
 func dawdlers(t testing.TB, addr string, arrive <-chan struct{}, head func(i int) string) (stop func()) {
 	const n = maxWaiting + maxWaiting/2
 	quit := make(chan struct{})
@@ -729,11 +729,13 @@ func dawdlers(t testing.TB, addr string, arrive <-chan struct{}, head func(i int
 			}
 		})
 	}
-	here.Wait()
-	return func() {
+	stop = sync.OnceFunc(func() {
 		close(quit)
 		done.Wait()
-	}
+	})
+	t.Cleanup(stop)
+	here.Wait()
+	return stop
 }
 
 // Honest newcomers are served beside any number of strangers who dawdle, while
@@ -795,8 +797,6 @@ func TestLimitsMemoryStaysAsPromised(t *testing.T) {
 		strings.Repeat("GET / HTTP/1.1\r\nHost: a\r\n\r\n", 300),
 	}
 	half := append([]byte{0x82, 0xff, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0}, make([]byte, 200<<10)...)
-	always := make(chan struct{})
-	close(always)
 	for _, c := range []struct {
 		name   string
 		drops  []string // heads of requests that are sent in drops
@@ -825,7 +825,11 @@ func TestLimitsMemoryStaysAsPromised(t *testing.T) {
 			all.Wait()
 			stop := func() {}
 			if c.drops != nil {
-				stop = dawdlers(t, p.addr, always, func(i int) string { return c.drops[i%len(c.drops)] })
+				arrive := make(chan struct{}, 8*maxWaiting) // every place is taken some eight times
+				for range cap(arrive) {
+					arrive <- struct{}{}
+				}
+				stop = dawdlers(t, p.addr, arrive, func(i int) string { return c.drops[i%len(c.drops)] })
 			}
 			highest, same := int64(0), 0
 			eventually(t, "the peak is over", func() bool { // it looks every millisecond
