@@ -7,7 +7,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"net"
 	"os"
 	"runtime"
@@ -367,8 +366,8 @@ func benchRegistry(b *testing.B, n int) {
 	o := testOptions()
 	o.maxConnections = 4*n + 1000
 	o.maxPhones = 1000
+	o.logLevel = logOff // the line of a claim costs more than the claim
 	r := startRelay(b, o)
-	r.log = slog.New(slog.DiscardHandler) // the line of a claim costs more than the claim
 	w := r.newBatch()
 	ids := make([]string, n)
 	phones := make([]*session, n)
@@ -832,8 +831,8 @@ func TestCostOfWavesIsGivenBack(t *testing.T) {
 	const phones = 1000
 	o := testOptions()
 	o.maxPhones, o.maxConnections, o.grace = phones, phones+1, 0
+	o.logLevel = logOff // the test's own log keeps all
 	r := startRelay(t, o)
-	r.log = slog.New(slog.DiscardHandler) // the test's own keeps all
 	r.binary("server")
 	for _, share := range []int{2, 5} { // of the growth, may stay
 		clients, admit := queuedPhones(t, r, phones)

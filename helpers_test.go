@@ -86,6 +86,9 @@ func testOptions() options {
 	return o
 }
 
+// logOff is the level of a relay whose lines would cost more than what is measured.
+const logOff = slog.LevelError + 1
+
 func startRelay(t testing.TB, o options) *testRelay {
 	t.Helper()
 	return startRelayOn(t, o, onLoopback(t))
@@ -94,9 +97,11 @@ func startRelay(t testing.TB, o options) *testRelay {
 func startRelayOn(t testing.TB, o options, ln net.Listener) *testRelay {
 	t.Helper()
 	r := &testRelay{t: t, addr: ln.Addr().String(), logs: &logBuffer{}}
-	debug := o
-	debug.logLevel = slog.LevelDebug
-	log := newLogger(r.logs, debug)
+	logged := o
+	if o.logLevel != logOff {
+		logged.logLevel = slog.LevelDebug
+	}
+	log := newLogger(r.logs, logged)
 	var err error
 	build := buildVersion{"test", "unknown", runtime.Version()}
 	r.relay, err = newRelay(o, newIdentity(time.Now()), build, new(instanceState), new(probeKeys), log)
