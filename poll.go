@@ -18,8 +18,14 @@ type poller interface {
 var newPoller = func(r *relay) (poller, error) { return newGoPoller(r), nil }
 
 const (
-	goReadSize  = 8 << 10
-	goWriteSize = 64 << 10 // bytes a writer holds, as a kernel's send buffer would
+	goReadSize = 8 << 10
+	// goWriteSize is what a writer holds, as a kernel's send buffer would: two of the
+	// largest messages that the app takes (131,072 characters). With less, a part of
+	// each stays behind, and its phone counts as one that does not read.
+	goWriteSize = 256<<10 + 2*maxSendHeader
+	// goWritePiece goes out in one go: a slow peer that takes as much within the
+	// write timeout is seen to take something.
+	goWritePiece = 64 << 10
 )
 
 // goPoller serves every transport that Linux's epoll loop does not: other systems, and
@@ -159,9 +165,12 @@ func (s *goSocket) writeStaged() {
 	r := s.poller.relay
 	for {
 		s.mu.Lock()
-		out := s.staged
-		s.staged = nil
-		if len(out) == 0 || s.down {
+		n := min(len(s.staged), goWritePiece)
+		out := s.staged[:n]
+		if s.staged = s.staged[n:]; len(s.staged) == 0 {
+			s.staged = nil
+		}
+		if n == 0 || s.down {
 			if s.halfDown && !s.down {
 				s.closeHalf()
 			}
@@ -170,7 +179,7 @@ func (s *goSocket) writeStaged() {
 			s.mu.Unlock()
 			return
 		}
-		s.inFlight = len(out)
+		s.inFlight = n
 		s.mu.Unlock()
 		r.metrics.socketWrites.Add(1)
 		if _, err := s.nc.Write(out); err != nil {
