@@ -16,6 +16,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 )
@@ -740,20 +741,28 @@ func dawdlers(t testing.TB, addr string, arrive <-chan struct{}, head func(i int
 
 // Honest newcomers are served beside any number of strangers who dawdle, while
 // these arrive as well as later. A newcomer has to go after maxWaiting later
-// arrivals at the earliest. Fewer come beside one here, counting those on their
-// way, so that none has to go however the machine schedules the relay.
+// arrivals at the earliest. At most half as many are on their way beside one here,
+// so that none has to go however the machine schedules the relay.
 func TestLimitsNewcomersBesideDawdlers(t *testing.T) {
 	t.Parallel()
 	p := startProgram(t, nil, "-rate-per-minute", "0").listening()
 	head := "GET /v2/client HTTP/1.1\r\n" + strings.Repeat("A:\n", 3000)
-	arrive := make(chan struct{}, maxWaiting/4)
+	arrive := make(chan struct{}, maxWaiting/2)
+	var sent int64
+	var arrived atomic.Int64
 	var strangers sync.WaitGroup
 	stop := func() {}
-	strangers.Go(func() { stop = dawdlers(t, p.addr, arrive, func(i int) string { return head[:30+i*3%len(head[30:])] }) })
+	strangers.Go(func() {
+		stop = dawdlers(t, p.addr, arrive, func(i int) string {
+			arrived.Add(1)
+			return head[:30+i*3%len(head[30:])]
+		})
+	})
 	var took []time.Duration
 	for i := range 300 {
-		for len(arrive) < cap(arrive) {
+		for sent-arrived.Load() < maxWaiting/2 {
 			arrive <- struct{}{}
+			sent++
 		}
 		began := time.Now()
 		path, h := "/v2/client", phoneHeaders("server")
@@ -767,6 +776,7 @@ func TestLimitsNewcomersBesideDawdlers(t *testing.T) {
 		took = append(took, time.Since(began))
 		nc.Close()
 	}
+	close(arrive) // those who are left come too
 	strangers.Wait()
 	stop()
 	slices.Sort(took)
