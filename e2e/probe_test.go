@@ -44,6 +44,12 @@ func probe(t *testing.T, env []string, args ...string) (code int, steps map[stri
 		return cmd.ProcessState.ExitCode(), out
 	}
 	code, out := run(append(args, "-json")...)
+	asJSON := out
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("probe -json says %s", asJSON)
+		}
+	})
 	var report struct {
 		OK    bool        `json:"ok"`
 		Steps []probeStep `json:"steps"`
