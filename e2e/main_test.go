@@ -86,11 +86,13 @@ func freeAddr(t testing.TB) string {
 	ports.mu.Lock()
 	defer ports.mu.Unlock()
 	for {
-		ln, err := net.ListenTCP("tcp", &net.TCPAddr{IP: ownIP})
+		// Of UDP: a listener of TCP, on a port that is given and not bound yet, would be
+		// taken for the program that a test waits for.
+		ln, err := net.ListenUDP("udp", &net.UDPAddr{IP: ownIP})
 		if err != nil {
 			t.Fatal(err)
 		}
-		addr := ln.Addr().String()
+		addr := ln.LocalAddr().String()
 		ln.Close()
 		if !ports.given[addr] {
 			if ports.given == nil {
