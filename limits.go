@@ -161,12 +161,8 @@ type untrusted struct {
 	said []netip.Addr
 }
 
-// first reports whether q's sender is one that has not been reported yet.
-func (u *untrusted) first(q *http.Request, trusted []netip.Prefix) bool {
-	peer := peerAddr(q)
-	if len(q.Header["X-Forwarded-For"]) == 0 || within(peer, trusted) {
-		return false
-	}
+// first reports whether peer has not been reported yet, and notes it.
+func (u *untrusted) first(peer netip.Addr) bool {
 	u.mu.Lock()
 	defer u.mu.Unlock()
 	key := rateKey(peer)

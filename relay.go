@@ -197,14 +197,15 @@ type refusal struct {
 // serve takes a request on a WebSocket endpoint through the gates and into its
 // session.
 func (r *relay) serve(w http.ResponseWriter, q *http.Request, role role) {
+	peer := peerAddr(q)
 	from := caller{
 		role: role, serverID: q.Header.Get("X-Pyrycode-Server"),
-		addr: clientAddr(q, r.o.trustedProxies), proxied: within(peerAddr(q), r.o.trustedProxies),
+		addr: clientAddr(q, r.o.trustedProxies), proxied: within(peer, r.o.trustedProxies),
 	}
 	if token := q.Header.Get(probeHeader); token != "" {
 		from.probe = r.probes.valid(from.serverID, token)
 	}
-	if r.ignored.first(q, r.o.trustedProxies) {
+	if !from.proxied && len(q.Header["X-Forwarded-For"]) > 0 && r.ignored.first(peer) {
 		r.log.Warn(fmt.Sprintf("X-Forwarded-For from %s ignored: it is not in -trusted-proxies; "+
 			"all who come through it share one rate limit", from.addr))
 	}
