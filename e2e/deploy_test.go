@@ -99,12 +99,7 @@ pid %[1]s/pid;
 events {}
 http {
 	access_log off;
-	client_body_temp_path %[1]s/body;
-	proxy_temp_path %[1]s/proxy;
-	fastcgi_temp_path %[1]s/fastcgi;
-	uwsgi_temp_path %[1]s/uwsgi;
-	scgi_temp_path %[1]s/scgi;
-	include %[2]s;
+`+nginxTemps+`	include %[2]s;
 }
 `, dir, site))
 	p := startMaster(t, exec.Command(tool(t, "nginx"), "-e", "stderr", "-c", config), addr)

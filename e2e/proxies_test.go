@@ -51,6 +51,14 @@ func awaitListener(t testing.TB, p *program, addr string) {
 	})
 }
 
+// nginxTemps keeps what nginx puts aside in the folder that is the first argument.
+const nginxTemps = `	client_body_temp_path %[1]s/body;
+	proxy_temp_path %[1]s/proxy;
+	fastcgi_temp_path %[1]s/fastcgi;
+	uwsgi_temp_path %[1]s/uwsgi;
+	scgi_temp_path %[1]s/scgi;
+`
+
 // startNginx serves the content of a server block and returns its address.
 // context is what stands beside the server block.
 func startNginx(t testing.TB, listen, context, server string) (addr string) {
@@ -64,12 +72,7 @@ error_log stderr warn;
 events {}
 http {
 	access_log off;
-	client_body_temp_path %[1]s/body;
-	proxy_temp_path %[1]s/proxy;
-	fastcgi_temp_path %[1]s/fastcgi;
-	uwsgi_temp_path %[1]s/uwsgi;
-	scgi_temp_path %[1]s/scgi;
-	%[2]s
+`+nginxTemps+`	%[2]s
 	server {
 		listen %[3]s %[4]s;
 		%[5]s
