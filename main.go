@@ -138,7 +138,8 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 			programName+" probe ws://"+addr, "lock", o.instanceLock)
 	}
 
-	check := startPublicCheck(o, r)
+	check := newPublicCheck(o, r)
+	check.start()
 	select {
 	case <-ctx.Done():
 		log.Info("shutting down", "deadline", o.drain)

@@ -667,8 +667,20 @@ func readAnswer(r io.Reader, asked time.Time) (a answer, err error) {
 type dialer struct {
 	base *url.URL
 	tls  *tls.Config // nil: the system's authorities
+	net  network     // nil: system
 	n    int         // dials so far
 }
+
+// network is what the dialer needs below TLS.
+type network interface {
+	LookupNetIP(ctx context.Context, network, host string) ([]netip.Addr, error)
+	DialContext(ctx context.Context, network, address string) (net.Conn, error)
+}
+
+var system network = struct {
+	*net.Resolver
+	*net.Dialer
+}{net.DefaultResolver, &net.Dialer{KeepAlive: -1}}
 
 // dial opens a session of one leg, which lasts until close or the end of ctx. A
 // nonce, if any, is one of the relay's own. The trace is there in any case.
@@ -712,7 +724,7 @@ func (d *dialer) resolve(ctx context.Context) (addrs []netip.Addr, err error) {
 	if a, err := netip.ParseAddr(host); err == nil {
 		return []netip.Addr{a}, nil
 	}
-	addrs, err = net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	addrs, err = cmp.Or(d.net, system).LookupNetIP(ctx, "ip", host)
 	for i := range addrs {
 		addrs[i] = addrs[i].Unmap()
 	}
@@ -729,8 +741,9 @@ func (d *dialer) connect(ctx context.Context, addrs []netip.Addr) (net.Conn, err
 	d.n++
 	var failed error
 	for i := range addrs {
-		nd := net.Dialer{Timeout: patience, KeepAlive: -1}
-		nc, err := nd.DialContext(ctx, "tcp", net.JoinHostPort(addrs[(first+i)%len(addrs)].String(), port))
+		bounded, cancel := context.WithTimeout(ctx, patience)
+		nc, err := cmp.Or(d.net, system).DialContext(bounded, "tcp", net.JoinHostPort(addrs[(first+i)%len(addrs)].String(), port))
+		cancel()
 		if err == nil {
 			return nc, nil
 		}

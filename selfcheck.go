@@ -465,6 +465,7 @@ type publicCheck struct {
 	state    *instanceState
 	log      *slog.Logger
 	round    func(ctx context.Context, joins int) roundResult // look
+	random   *mrand.Rand                                      // of pauses; nil: the runtime's
 	leave    chan error                                       // says that this process must give way
 
 	cancel context.CancelFunc
@@ -483,21 +484,26 @@ type observation struct {
 	first  time.Time // when the first of them was judged
 }
 
-// startPublicCheck starts the check, if there is a -public-url.
-func startPublicCheck(o options, r *relay) *publicCheck {
+// newPublicCheck makes the check of a -public-url. Without one it has nothing to do.
+func newPublicCheck(o options, r *relay) *publicCheck {
 	c := &publicCheck{
 		me: r.id, began: r.started, standing: r.standing, keys: r.probes, bypass: o.bypass, pace: o.checkPace,
 		pause: min(o.checkPace.again/10, longestPause), state: r.instance, log: r.log, leave: make(chan error, 1),
 	}
+	if o.publicURL != nil {
+		c.url, c.dialer.base, c.round = o.publicURL.String(), o.publicURL, c.look
+		c.state.public.Store(uint32(publicPending))
+	}
+	return c
+}
+
+// start runs the check until stop.
+func (c *publicCheck) start() {
 	ctx, cancel := context.WithCancel(context.Background())
 	c.cancel = cancel
-	if o.publicURL == nil {
-		return c
+	if c.round != nil {
+		c.wg.Go(func() { c.run(ctx) })
 	}
-	c.url, c.dialer.base, c.round = o.publicURL.String(), o.publicURL, c.look
-	c.state.public.Store(uint32(publicPending))
-	c.wg.Go(func() { c.run(ctx) })
-	return c
 }
 
 // stop ends the check and whatever it has open.
@@ -529,7 +535,7 @@ func (c *publicCheck) run(ctx context.Context) {
 		if c.suspected || c.state.verdict() != publicVerified && time.Since(c.changed) < 2*c.pace.every {
 			wait = c.pace.again
 		}
-		wait = wait*9/10 + mrand.N(wait/5+1)
+		wait = wait*9/10 + c.upTo(wait/5)
 	}
 }
 
@@ -687,9 +693,17 @@ func (c *publicCheck) reached(t *dialTrace, err error) outcome {
 // time behind a round robin each does not get just its own.
 func (c *publicCheck) rest(ctx context.Context) {
 	select {
-	case <-time.After(mrand.N(c.pause + 1)):
+	case <-time.After(c.upTo(c.pause)):
 	case <-ctx.Done():
 	}
+}
+
+// upTo is a random time of d at the most.
+func (c *publicCheck) upTo(d time.Duration) time.Duration {
+	if c.random != nil {
+		return time.Duration(c.random.Int64N(int64(d) + 1))
+	}
+	return mrand.N(d + 1)
 }
 
 // ---- what becomes of it ----

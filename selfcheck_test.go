@@ -1177,7 +1177,8 @@ func TestPublicCheckStops(t *testing.T) {
 			o := r.o
 			o.publicURL = &url.URL{Scheme: "ws", Host: b.addr}
 			o.checkPace = checkPace{every: time.Hour, again: time.Millisecond, over: time.Hour}
-			c := startPublicCheck(o, r.relay)
+			c := newPublicCheck(o, r.relay)
+			c.start()
 			<-reached
 			switch stage {
 			case noPhone:
@@ -1251,7 +1252,8 @@ func TestPublicCheckYoungerRelayLeaves(t *testing.T) {
 			o := first.o
 			o.publicURL = &url.URL{Scheme: "ws", Host: b.addr}
 			o.checkPace = checkPace{every: 40 * time.Millisecond, again: 20 * time.Millisecond, over: 600 * time.Millisecond}
-			c := startPublicCheck(o, first.relay)
+			c := newPublicCheck(o, first.relay)
+			c.start()
 			defer c.stop()
 			first.binary("somebody")
 			env := []string{paceName + "=40ms,20ms,600ms,-72h"}
