@@ -160,8 +160,9 @@ func (w gorillaWire) drop() { w.c.Close() }
 
 // ---- npm ws ----
 
-// node is the one process that runs ws.js.
+// node is a process that runs ws.js.
 type node struct {
+	cmd  *exec.Cmd
 	gone chan struct{} // closed when it has ended
 
 	mu    sync.Mutex // guards what follows
@@ -180,7 +181,10 @@ type nodeEvent struct {
 	Extensions string `json:"extensions"`
 }
 
-var startNode = sync.OnceValues(func() (*node, error) {
+// sharedNode is the one that serves every test.
+var sharedNode = sync.OnceValues(startNode)
+
+func startNode() (*node, error) {
 	cmd := exec.Command("node", "ws.js") // ends with our end of its stdin
 	cmd.Stderr = os.Stderr
 	in, err := cmd.StdinPipe()
@@ -194,10 +198,10 @@ var startNode = sync.OnceValues(func() (*node, error) {
 	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("starting ws.js: %w", err)
 	}
-	n := &node{gone: make(chan struct{}), in: in, sinks: map[int]func(nodeEvent){}}
+	n := &node{cmd: cmd, gone: make(chan struct{}), in: in, sinks: map[int]func(nodeEvent){}}
 	go n.read(out)
 	return n, nil
-})
+}
 
 func (n *node) read(out io.Reader) {
 	defer close(n.gone)
@@ -234,10 +238,14 @@ type nodeWire struct {
 }
 
 func dialNode(url string, header http.Header, sink func(event)) (wire, error) {
-	n, err := startNode()
+	n, err := sharedNode()
 	if err != nil {
 		return nil, err
 	}
+	return n.dial(url, header, sink)
+}
+
+func (n *node) dial(url string, header http.Header, sink func(event)) (wire, error) {
 	opened := make(chan error, 1)
 	n.mu.Lock()
 	n.last++
@@ -269,7 +277,7 @@ func dialNode(url string, header http.Header, sink func(event)) (wire, error) {
 		return nil, err
 	}
 	select {
-	case err = <-opened:
+	case err := <-opened:
 		return w, err
 	case <-n.gone:
 		return nil, errors.New("ws.js has ended: is npm ci done?")

@@ -1,5 +1,5 @@
 // The npm client of the tests: commands come as JSON lines on stdin, events go
-// out as JSON lines on stdout. One process serves every test.
+// out as JSON lines on stdout. One process serves every test but those that stop it.
 "use strict";
 const readline = require("node:readline");
 const WebSocket = require("ws");
