@@ -7,21 +7,16 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
-	"os"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"syscall"
-	"time"
 	"unsafe"
 )
 
 // The poller of Linux: an epoll loop reads and writes its connections itself.
 // Against a goroutine for each, an idle connection holds no stack, no netFD and
 // no runtime timer, and a frame crosses from socket to socket without a switch.
-// While no socket has anything the loop waits in Go's own poller, for its whole
-// epoll set: in epoll_wait it would keep a thread and a processor of Go's, which
-// the runtime takes away again and again as long as net/http has work.
 
 const (
 	// readSize is what a loop reads in one go: enough to make the system call
@@ -54,8 +49,7 @@ const (
 type epollLoop struct {
 	relay *relay
 	epfd  int
-	set   *os.File        // of epfd
-	raw   syscall.RawConn // of set
+	bell  int // an eventfd in the set: a write to it wakes the loop
 	done  chan struct{}
 
 	sleeping atomic.Bool // the loop is about to wait, or waits
@@ -69,11 +63,8 @@ type epollLoop struct {
 	// Owned by the loop.
 	buf   []byte
 	told  []syscall.EpollEvent
-	n     int                // of told, by the last take
-	err   error              // of the last take
-	take  func(uintptr) bool // takes what epoll has to tell; for raw
-	ready []*conn            // may have more to read; edge-triggered epoll will not say so again
-	share int                // bufferfuls for each in this round
+	ready []*conn // may have more to read; edge-triggered epoll will not say so again
+	share int     // bufferfuls for each in this round
 	batch writeBatch
 }
 
@@ -94,25 +85,15 @@ func init() { newPoller = newEpollLoop }
 
 // newEpollLoop starts a loop, which serves until stop.
 func newEpollLoop(r *relay) (poller, error) {
-	l := &epollLoop{relay: r, done: make(chan struct{}), buf: make([]byte, readSize)}
+	l := &epollLoop{relay: r, done: make(chan struct{}), buf: make([]byte, readSize), told: make([]syscall.EpollEvent, epollEvents)}
 	l.batch.relay = r
-	l.told = make([]syscall.EpollEvent, epollEvents)
-	l.take = func(uintptr) bool {
-		l.n, l.err = epollWait(l.epfd, l.told)
-		return l.n > 0 || l.err != nil
-	}
 	var err error
 	if l.epfd, err = syscall.EpollCreate1(syscall.EPOLL_CLOEXEC); err != nil {
 		return nil, fmt.Errorf("creating an epoll set: %w", err)
 	}
-	syscall.SetNonblock(l.epfd, true) // what os.NewFile takes for a file to poll
-	l.set = os.NewFile(uintptr(l.epfd), "epoll set")
-	if l.raw, err = l.set.SyscallConn(); err == nil {
-		err = l.set.SetReadDeadline(time.Time{}) // fails if Go's poller does not take it
-	}
-	if err != nil {
-		l.set.Close()
-		return nil, fmt.Errorf("nesting an epoll set: %w", err)
+	if l.bell, err = newBell(l.epfd); err != nil {
+		closeSocket(l.epfd)
+		return nil, fmt.Errorf("creating what wakes an epoll set: %w", err)
 	}
 	go l.run()
 	return l, nil
@@ -177,26 +158,24 @@ func (s *epollSocket) attach(first []byte) {
 // post makes the loop go on reading a paused connection.
 func (l *epollLoop) post(s *epollSocket) {
 	l.mu.Lock()
-	if s.attached {
+	defer l.mu.Unlock()
+	if s.attached { // else the loop may have ended
 		l.inbox = append(l.inbox, s.c)
-	}
-	l.mu.Unlock()
-	if l.sleeping.Swap(false) {
-		l.wake()
+		if l.sleeping.Swap(false) {
+			ring(l.bell)
+		}
 	}
 }
-
-// wake ends the loop's wait, or the next one.
-func (l *epollLoop) wake() { l.set.SetReadDeadline(time.Unix(1, 0)) }
 
 // stop ends the loop once its connections are gone, and waits for that.
 func (l *epollLoop) stop() {
 	l.mu.Lock()
 	l.stopping = true
 	l.mu.Unlock()
-	l.wake()
+	ring(l.bell)
 	<-l.done
-	l.set.Close()
+	closeSocket(l.bell)
+	closeSocket(l.epfd)
 }
 
 func (l *epollLoop) run() {
@@ -228,18 +207,13 @@ func (l *epollLoop) run() {
 }
 
 // wait takes what the epoll set has to tell, into told, and waits for that if it may.
-func (l *epollLoop) wait(idle bool) (n int) {
-	l.n, l.err = 0, nil
-	if !idle {
-		l.take(0)
-	} else if l.raw.Read(l.take) != nil { // wake was called; what it was for is seen to before the next wait
-		l.set.SetReadDeadline(time.Time{})
-	}
-	if l.err != nil && l.err != syscall.EINTR {
+func (l *epollLoop) wait(idle bool) int {
+	n, err := epollWait(l.epfd, l.told, idle)
+	if err != nil && err != syscall.EINTR {
 		// Cannot happen with an epoll set of our own.
-		l.relay.log.Error("waiting for sockets failed", "error", l.err)
+		l.relay.log.Error("waiting for sockets failed", "error", err)
 	}
-	return l.n
+	return max(n, 0)
 }
 
 // idle reports whether the loop has nothing left to do, and whether it is to end.
@@ -396,9 +370,32 @@ func call(trap uintptr, fd int, p unsafe.Pointer, n, flags int) (int, error) {
 	return int(r), nil
 }
 
-// epollWait takes the events that are there.
-func epollWait(epfd int, events []syscall.EpollEvent) (int, error) {
+// epollWait takes the events that are there, and waits for the first of them if it may.
+func epollWait(epfd int, events []syscall.EpollEvent, wait bool) (int, error) {
+	if wait {
+		return syscall.EpollWait(epfd, events, -1)
+	}
 	return call(syscall.SYS_EPOLL_PWAIT, epfd, unsafe.Pointer(unsafe.SliceData(events)), len(events), 0)
+}
+
+// newBell puts an eventfd into an epoll set. Each ring is an event of its own to an
+// edge-triggered set, so that nothing has to be read.
+func newBell(epfd int) (int, error) {
+	fd, _, errno := syscall.RawSyscall(syscall.SYS_EVENTFD2, 0, syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
+	if errno != 0 {
+		return -1, errno
+	}
+	bell := int(fd)
+	err := syscall.EpollCtl(epfd, syscall.EPOLL_CTL_ADD, bell, &syscall.EpollEvent{Events: syscall.EPOLLIN | edgeTriggered, Fd: int32(bell)})
+	if err != nil {
+		closeSocket(bell)
+	}
+	return bell, err
+}
+
+func ring(bell int) {
+	one := uint64(1)
+	syscall.RawSyscall(syscall.SYS_WRITE, uintptr(bell), uintptr(unsafe.Pointer(&one)), 8)
 }
 
 // acceptSocket takes the next connection of a listening socket.
