@@ -1837,3 +1837,25 @@ func (r *testRelay) phoneRefused(id string) {
 	r.t.Helper()
 	r.phone(id).wantEnd(4404, "server-id never seen")
 }
+
+// A connection whose end comes between its request and its session was no
+// upgrade: what was accepted is what is closed, or the books do not agree.
+func TestConnGoneBeforeItsSession(t *testing.T) {
+	t.Parallel()
+	needEpoll(t)
+	r := startRelay(t, testOptions())
+	for role := range roleCount {
+		nc := new(net.TCPConn) // like one that is closed, it has no descriptor to take
+		if r.enter(role) != nil {
+			t.Fatal("no room")
+		}
+		r.begin(caller{role: role, serverID: "gone"}, nc, nil, nil)
+		counts := &r.metrics.upgrades[role]
+		if failed, ok := counts[upgradeFailed].Load(), counts[upgradeAccepted].Load(); failed != 1 || ok != 0 {
+			t.Errorf("%v: %d failed and %d accepted, want 1 and 0", role, failed, ok)
+		}
+		if n := r.count(role); n != 0 {
+			t.Errorf("%v: %d are counted", role, n)
+		}
+	}
+}

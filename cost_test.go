@@ -286,7 +286,8 @@ func benchPayloads() []struct{ name, json string } {
 		{"base64-4K", `"` + strings.Repeat("q83vEjRW", 512)[:4094] + `"`},
 		{"base64-87K", `{"noise":"` + strings.Repeat("q83vEjRW", 87<<10>>3) + `"}`},
 		{"escaped-16K", `"` + strings.Repeat(`the \"quick\" brown\nfox \u0041 jumps over `, 16<<10/40) + `"`},
-		{"cyrillic-16K", `"` + strings.Repeat("съешь же ещё этих мягких французских булок ", 16<<10/80) + `"`},
+		{"cyrillic-16K", `"` + strings.Repeat("съешь же ещё этих мягких французских булок ", 16<<10/80) +
+			`"`},
 		{"numbers-16K", `[` + strings.Repeat(`-12.5e3,1024,0,`, 16<<10/15) + `1]`},
 		{"nested-16K", `[` + strings.Repeat(`{"id":17,"tags":["a","b",{"x":null}],"ok":true},`, 16<<10/48) + `0]`},
 	}
