@@ -1018,55 +1018,60 @@ func diagnoseTCP(err error) diagnosis {
 
 func diagnoseTLS(base *url.URL, err error) diagnosis {
 	host, now := base.Hostname(), time.Now()
-	if e, ok := errors.AsType[x509.CertificateInvalidError](err); ok && e.Reason == x509.Expired {
-		if c := e.Cert; now.Before(c.NotBefore) {
+	if e, ok := errors.AsType[*net.OpError](err); ok && e.Op == "remote error" { // an alert, whose type is crypto/tls's own
+		return diagnosis{"the server refused the TLS handshake: " + e.Err.Error(), "give the proxy a certificate for " + host}
+	}
+	cause := err
+	for e := err; e != nil; e = errors.Unwrap(e) {
+		cause = e
+	}
+	switch e := cause.(type) {
+	case x509.CertificateInvalidError:
+		switch c := e.Cert; {
+		case e.Reason != x509.Expired: // told by its own words
+		case now.Before(c.NotBefore):
 			return diagnosis{"the certificate is valid from " + day(c.NotBefore) + " only",
 				"check the clock of this machine and of the one that made the certificate"}
+		default:
+			return diagnosis{fmt.Sprintf("the certificate expired on %s, %s ago", day(c.NotAfter), age(now.Sub(c.NotAfter))),
+				"renew the certificate, have the proxy load it, and find out why that did not happen by itself; check this machine's clock"}
 		}
-		return diagnosis{fmt.Sprintf("the certificate expired on %s, %s ago", day(e.Cert.NotAfter), age(now.Sub(e.Cert.NotAfter))),
-			"renew the certificate, have the proxy load it, and find out why that did not happen by itself; check this machine's clock"}
-	}
-	if e, ok := errors.AsType[x509.HostnameError](err); ok {
-		return diagnosis{fmt.Sprintf("the certificate is for %s, not for %s", certificateNames(e.Certificate), host),
+	case x509.HostnameError:
+		names := cmp.Or(strings.Join(e.Certificate.DNSNames, ", "), "no name")
+		return diagnosis{fmt.Sprintf("the certificate is for %s, not for %s", quote(names), host),
 			"give the proxy a certificate for " + host + ", or use a name that the certificate has"}
-	}
-	if _, ok := errors.AsType[x509.UnknownAuthorityError](err); ok {
+	case x509.UnknownAuthorityError:
 		return diagnosis{"the certificate's issuer is not trusted here",
 			"use a certificate of a public authority, with its chain (fullchain.pem): phones do not trust this one either"}
-	}
-	if _, ok := errors.AsType[tls.RecordHeaderError](err); ok {
+	case tls.RecordHeaderError:
 		return diagnosis{"what answers does not speak TLS", "use the proxy's TLS port; for a relay without a proxy in front use ws://"}
 	}
-	if e, ok := errors.AsType[tls.AlertError](err); ok {
-		return diagnosis{"the server refused the TLS handshake: " + e.Error(), "give the proxy a certificate for " + host}
-	}
 	return diagnosis{"the TLS handshake failed: " + err.Error(), "check that the port speaks TLS, and what the proxy logs"}
-}
-
-// certificateNames lists the first names that a certificate is for.
-func certificateNames(c *x509.Certificate) string {
-	const shown = 5
-	var names []string
-	for _, n := range c.DNSNames[:min(shown, len(c.DNSNames))] {
-		names = append(names, quote(n))
-	}
-	if len(c.DNSNames) > shown {
-		names = append(names, "…")
-	}
-	return cmp.Or(strings.Join(names, ", "), "no name")
 }
 
 // passUpgrade is what proxies forget.
 const passUpgrade = "have the proxy pass the upgrade on " +
 	`(nginx: proxy_http_version 1.1; proxy_set_header Upgrade $http_upgrade; proxy_set_header Connection "upgrade";)`
 
-// refusalRemedies are what to do about a relay's refusals, by their status.
-var refusalRemedies = map[int]string{
-	http.StatusUpgradeRequired: passUpgrade,
-	http.StatusBadRequest:      "have the proxy pass user-agent and the x-pyrycode-* headers on unchanged",
-	http.StatusTooManyRequests: "wait a minute, or raise -rate-per-minute; " +
-		"if everybody gets this, the proxy's address is not in -trusted-proxies",
-}
+const letThrough = "let /v1/ and /v2/ through to the relay without a login"
+
+// What to do about answers, by their status: a relay's own refusals, and what
+// something else says.
+var (
+	refusalRemedies = map[int]string{
+		http.StatusUpgradeRequired: passUpgrade,
+		http.StatusBadRequest:      "have the proxy pass user-agent and the x-pyrycode-* headers on unchanged",
+		http.StatusTooManyRequests: "wait a minute, or raise -rate-per-minute; " +
+			"if everybody gets this, the proxy's address is not in -trusted-proxies",
+	}
+	strangerRemedies = map[int]string{
+		http.StatusUnauthorized:      letThrough,
+		http.StatusForbidden:         letThrough,
+		http.StatusProxyAuthRequired: letThrough,
+		http.StatusTooManyRequests:   "wait a minute: the proxy in front limits upgrades",
+		http.StatusUpgradeRequired:   passUpgrade,
+	}
+)
 
 // diagnoseAnswer tells what an answer other than a good 101 means.
 func diagnoseAnswer(base *url.URL, a answer, err error) diagnosis {
@@ -1082,43 +1087,37 @@ func diagnoseAnswer(base *url.URL, a answer, err error) diagnosis {
 	if s := a.header.Get("Server"); s != "" {
 		what += " (server: " + quote(s) + ")"
 	}
-	switch c := a.code; {
+	remedy := cmp.Or(strangerRemedies[a.code], "correct the address, or have the proxy pass /v1/ and /v2/ on to the relay")
+	switch c, location := a.code, a.header.Get("Location"); {
+	case c >= 300 && c < 400 && location == "":
+		return diagnosis{what + ", a redirect to nowhere", remedy}
 	case c >= 300 && c < 400:
-		where := "nowhere"
-		if s := a.header.Get("Location"); s != "" {
-			where = quote(s)
-		}
-		return diagnosis{what + ", a redirect to " + where, "use the address it leads to: peers follow no redirect"}
-	case c == http.StatusUnauthorized, c == http.StatusForbidden, c == http.StatusProxyAuthRequired:
-		return diagnosis{what, "let /v1/ and /v2/ through to the relay without a login"}
-	case c == http.StatusTooManyRequests:
-		return diagnosis{what, "wait a minute: the proxy in front limits upgrades"}
+		return diagnosis{what + ", a redirect to " + quote(location), "use the address it leads to: peers follow no redirect"}
 	case c >= 502 && c <= 504:
 		return diagnosis{what + ": the proxy does not reach a relay behind it",
 			"start the relay, and give the proxy its -listen address as backend"}
 	case c == http.StatusBadRequest && base.Scheme == "ws":
-		return diagnosis{what, "if the port speaks TLS, use wss://; otherwise " + passUpgrade}
-	case c == http.StatusUpgradeRequired:
-		return diagnosis{what, passUpgrade}
+		remedy = "if the port speaks TLS, use wss://; otherwise " + passUpgrade
 	}
-	return diagnosis{what, "correct the address, or have the proxy pass /v1/ and /v2/ on to the relay"}
+	return diagnosis{what, remedy}
 }
 
 // diagnoseEnd tells what it means that a session with a relay did not last.
 func diagnoseEnd(err error) diagnosis {
 	end, ok := errors.AsType[*endError](err)
+	remedy := "look at the relay's log"
 	switch {
 	case !ok:
-		return diagnosis{err.Error(), "have the proxy pass WebSocket frames on at once, without buffering"}
+		remedy = "have the proxy pass WebSocket frames on at once, without buffering"
 	case end.err != nil:
-		return diagnosis{end.Error(), "look at the proxy's log: it cut a connection that was open"}
+		remedy = "look at the proxy's log: it cut a connection that was open"
 	case end.code == int(endShutdown.code()) && end.reason == endShutdown.String():
-		return diagnosis{end.Error(), "the relay was stopped just then: look at its log, and try again"}
+		remedy = "the relay was stopped just then: look at its log, and try again"
 	case end.code == int(endShutdown.code()):
-		return diagnosis{end.Error(), "the proxy was reloaded or stopped, and says goodbye to every session when it is: " +
-			"have it leave them alone (Caddy: stream_close_delay 5m in reverse_proxy), and reload it less often"}
+		remedy = "the proxy was reloaded or stopped, and says goodbye to every session when it is: " +
+			"have it leave them alone (Caddy: stream_close_delay 5m in reverse_proxy), and reload it less often"
 	}
-	return diagnosis{end.Error(), "look at the relay's log"}
+	return diagnosis{err.Error(), remedy}
 }
 
 // ---- words for a person ----
