@@ -287,6 +287,7 @@ type upgradeOutcome uint8
 const (
 	upgradeAccepted    upgradeOutcome = iota // 101
 	upgradeDraining                          // 503
+	upgradeChecking                          // 503: users are not let in yet
 	upgradeRateLimited                       // 429
 	upgradeFull                              // 503: -max-connections
 	upgradeBadHeader                         // 400: x-pyrycode-* or user-agent
@@ -298,6 +299,7 @@ const (
 var upgradeWords = [upgradeOutcomeCount]string{
 	upgradeAccepted:    "accepted",
 	upgradeDraining:    "draining",
+	upgradeChecking:    "checking",
 	upgradeRateLimited: "rate limited",
 	upgradeFull:        "connection limit",
 	upgradeBadHeader:   "bad header",

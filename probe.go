@@ -771,6 +771,9 @@ func (d *dialer) secure(ctx context.Context, nc net.Conn) (net.Conn, *tls.Connec
 	return tc, &state, nil
 }
 
+// rolePage asks for a page in place of an upgrade: dial fails, with the answer.
+const rolePage = roleCount
+
 // request is an upgrade as peers ask for it.
 func (d *dialer) request(role role, serverID, nonce string) *websocket.Config {
 	version := readBuildVersion().version
@@ -782,7 +785,10 @@ func (d *dialer) request(role role, serverID, nonce string) *websocket.Config {
 		header.Set(probeHeader, nonce)
 	}
 	location, origin := *d.base, *d.base
-	location.Path = "/v2/" + endpointWords[role]
+	location.Path = "/readyz"
+	if role != rolePage {
+		location.Path = "/v2/" + endpointWords[role]
+	}
 	origin.Scheme = map[string]string{"ws": "http", "wss": "https"}[d.base.Scheme]
 	return &websocket.Config{Location: &location, Origin: &origin, Version: websocket.ProtocolVersionHybi13, Header: header}
 }

@@ -81,6 +81,7 @@ func newRelay(o options, id identity, build buildVersion, instance *instanceStat
 		sessions: map[*session]struct{}{},
 		empty:    make(chan struct{}, 1),
 	}
+	r.instance.waits.Store(o.publicURL != nil && !o.bypass)
 	r.buffers.budget = &budget{limit: o.queueTotal}
 	r.registry.relay = r
 	r.metrics = newMetrics(id, build, instance, r.buffers.budget)
@@ -113,10 +114,10 @@ func (r *relay) loop(serverID string) poller {
 func (r *relay) standing() standing {
 	m := r.metrics
 	users := m.connectedBinaries.Load()+m.binariesInGrace.Load() > r.registry.checks.Load()
-	return standing{time.Since(r.started), users, r.instance.yields.Load()}
+	return standing{time.Since(r.started), users, r.instance.yields.Load(), r.instance.waits.Load(), r.draining.Load()}
 }
 
-// greeting is in every answer of the WebSocket endpoints.
+// greeting is in every answer of the WebSocket endpoints and of /readyz.
 func (r *relay) greeting() http.Header {
 	return http.Header{instanceHeader: {r.id.String()}, standingHeader: {r.standing().String()}}
 }
@@ -141,11 +142,15 @@ func (r *relay) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 	case "/healthz":
 		r.health(w)
 	case "/readyz":
-		if r.draining.Load() {
+		maps.Copy(w.Header(), r.greeting())
+		switch {
+		case r.draining.Load():
 			http.Error(w, "draining", http.StatusServiceUnavailable)
-			return
+		case r.instance.waits.Load():
+			http.Error(w, "checking", http.StatusServiceUnavailable)
+		default:
+			io.WriteString(w, "ready\n")
 		}
-		io.WriteString(w, "ready\n")
 	case "/":
 		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
 		io.WriteString(w, "pyrycode-relay: connects phones to coding agents at home.\n"+
@@ -226,8 +231,11 @@ func (r *relay) serve(w http.ResponseWriter, q *http.Request, role role) {
 // gates are what stands before an upgrade, in the contract's order. A request that
 // passes them is counted until leave.
 func (r *relay) gates(q *http.Request, from caller) *refusal {
-	if r.draining.Load() {
+	switch {
+	case r.draining.Load():
 		return &refusedDraining
+	case r.instance.waits.Load() && !from.probe:
+		return &refusedChecking
 	}
 	if !from.probe {
 		if ok, wait := r.rates.allow(from.addr); !ok {
@@ -249,7 +257,9 @@ func (r *relay) gates(q *http.Request, from caller) *refusal {
 
 var (
 	refusedDraining = refusal{http.StatusServiceUnavailable, upgradeDraining, "this relay is shutting down: try again", time.Second}
-	refusedFull     = refusal{http.StatusServiceUnavailable, upgradeFull,
+	refusedChecking = refusal{http.StatusServiceUnavailable, upgradeChecking,
+		"this relay makes sure that it is the only one first: try again", time.Second}
+	refusedFull = refusal{http.StatusServiceUnavailable, upgradeFull,
 		"this relay has all the connections it may have: try again", 30 * time.Second}
 )
 

@@ -98,6 +98,11 @@ func TestRelayPages(t *testing.T) {
 				t.Errorf("%s: %s %q, want 404 and one line", path, resp.Status, body)
 			}
 		}
+		r.instance.waits.Store(true)
+		if resp, body := r.ask(get("/readyz")...); resp.StatusCode != 503 || body != "checking\n" ||
+			resp.Header.Get(instanceHeader) != r.id.String() || !strings.HasSuffix(resp.Header.Get(standingHeader), ", waits") {
+			t.Errorf("/readyz before users are let in: %s %q, %v", resp.Status, body, resp.Header)
+		}
 		r.draining.Store(true)
 		health("draining")
 		if resp, body := r.ask(get("/readyz")...); resp.StatusCode != 503 || body != "draining\n" {
@@ -178,6 +183,9 @@ func TestRelayGates(t *testing.T) {
 				}
 			}
 		}
+		r.instance.waits.Store(true)
+		try(gate{"waits", "POST", known, nil, 503, upgradeChecking, nil})
+		r.instance.waits.Store(false)
 		try(gate{"rate", "POST", known, nil, 429, upgradeRateLimited, nil})
 		try(gate{"cap", "POST", "", nil, 503, upgradeFull, nil})
 		holder.close(1000, "")

@@ -80,16 +80,24 @@ type standing struct {
 	age    time.Duration // since the start, by a monotonic clock: nobody sets that
 	users  bool          // it holds claims of users' binaries, graces included
 	yields bool          // it is about to give way to another
+	waits  bool          // it does not let users in yet
+	drains bool          // it does not let anybody in any more
+}
+
+var standingWords = [...]string{"users", "yields", "waits", "drains"}
+
+// facts are what standingWords say.
+func (s *standing) facts() [len(standingWords)]*bool {
+	return [...]*bool{&s.users, &s.yields, &s.waits, &s.drains}
 }
 
 // String is the standing as it is in standingHeader: seconds, then words.
 func (s standing) String() string {
 	text := strconv.FormatFloat(s.age.Seconds(), 'f', 3, 64)
-	if s.users {
-		text += ", users"
-	}
-	if s.yields {
-		text += ", yields"
+	for i, fact := range s.facts() {
+		if *fact {
+			text += ", " + standingWords[i]
+		}
 	}
 	return text
 }
@@ -105,11 +113,8 @@ func parseStanding(text string) (s standing, err error) {
 	}
 	s.age = time.Duration(seconds * float64(time.Second))
 	for word := range strings.SplitSeq(words, ",") {
-		switch strings.TrimSpace(word) {
-		case "users":
-			s.users = true
-		case "yields":
-			s.yields = true
+		if i := slices.Index(standingWords[:], strings.TrimSpace(word)); i >= 0 {
+			*s.facts()[i] = true
 		}
 	}
 	return s, nil
@@ -138,6 +143,7 @@ type instanceState struct {
 	bypassed atomic.Bool   // PYRYCODE_RELAY_SINGLE_INSTANCE=1: the instance lock decides nothing
 	public   atomic.Uint32 // a publicVerdict
 	yields   atomic.Bool   // this relay is about to give way to another
+	waits    atomic.Bool   // users are not let in before the first round is over; once they are, this is over for good
 }
 
 func (s *instanceState) verdict() publicVerdict { return publicVerdict(s.public.Load()) }
@@ -412,6 +418,18 @@ const (
 	elsewhereLooks = 4
 	// longestPause is what two connections are apart at the most.
 	longestPause = 150 * time.Millisecond
+
+	// longestRefusal is how long users are refused because of a first round that
+	// takes long and has met no other relay.
+	longestRefusal = 5 * time.Second
+	// handOver is between rounds while another relay serves in this one's place.
+	handOver = 1500 * time.Millisecond
+	// handOverLooks are the pages that are asked for then. A balancer that takes turns
+	// at random hides one of two relays from all of them once in 65,536 rounds.
+	handOverLooks = 16
+	// wholeLooks: one in so many rounds is a whole one even so. A balancer that sticks by
+	// server-id leads to the other one for good, and does no harm.
+	wholeLooks = 10
 )
 
 // checkPace is when the public name is checked.
@@ -472,7 +490,9 @@ type publicCheck struct {
 	wg     sync.WaitGroup
 
 	// Owned by run.
-	suspected bool // the last round saw a split, the one before did not
+	refusal   *time.Timer // lets users in where the first round takes long
+	handOvers int         // rounds while another relay serves in this one's place
+	suspected bool        // the last round saw a split, the one before did not
 	changed   time.Time
 	seen      map[string]*observation // by id: other relays, since the split began
 }
@@ -513,8 +533,9 @@ func (c *publicCheck) stop() {
 }
 
 func (c *publicCheck) run(ctx context.Context) {
-	joins := firstJoins
-	wait := min(time.Second, c.pace.again) // the listener has just opened
+	c.refusal = time.AfterFunc(longestRefusal, c.admit)
+	defer c.refusal.Stop()
+	joins, wait := firstJoins, time.Duration(0)
 	for {
 		select {
 		case <-time.After(wait):
@@ -522,6 +543,7 @@ func (c *publicCheck) run(ctx context.Context) {
 			return
 		}
 		f := c.round(ctx, joins)
+		c.refusal.Stop()
 		if ctx.Err() != nil {
 			return
 		}
@@ -530,10 +552,13 @@ func (c *publicCheck) run(ctx context.Context) {
 			c.leave <- err
 			return
 		}
-		wait = c.pace.every
-		// What has just gone wrong may be over soon.
-		if c.suspected || c.state.verdict() != publicVerified && time.Since(c.changed) < 2*c.pace.every {
-			wait = c.pace.again
+		switch {
+		case c.state.waits.Load():
+			wait = min(handOver, c.pace.again)
+		case c.suspected, c.state.verdict() != publicVerified && time.Since(c.changed) < 2*c.pace.every:
+			wait = c.pace.again // what has just gone wrong may be over soon
+		default:
+			wait = c.pace.every
 		}
 		wait = wait*9/10 + c.upTo(wait/5)
 	}
@@ -550,6 +575,12 @@ type outcome struct {
 	verdict   publicVerdict
 	other     rival     // of publicSplit; zero if it does not give its name
 	diagnosis diagnosis // of publicNotARelay and publicUnreachable
+}
+
+// stays reports whether it is another relay's answer, and that is the one to stay.
+func (r *outcome) stays(me identity) bool {
+	stays, _ := r.other.prevails(me, false)
+	return r.other.id != "" && stays
 }
 
 // roundResult is what one round found.
@@ -578,6 +609,11 @@ func (f *roundResult) add(r outcome) {
 // look makes one round, with a number of phones.
 func (c *publicCheck) look(ctx context.Context, joins int) roundResult {
 	f := roundResult{verdict: publicVerified}
+	if c.state.waits.Load() && c.seen != nil {
+		if c.handOvers++; c.handOvers%wholeLooks != 0 && c.replaced(ctx, &f) {
+			return f
+		}
+	}
 	var elsewhere []outcome
 	for misses := 0; len(elsewhere)+misses < maxClaims && misses < maxMisses && ctx.Err() == nil; {
 		follow := elsewhereJoins
@@ -604,6 +640,25 @@ func (c *publicCheck) look(ctx context.Context, joins int) roundResult {
 	return f
 }
 
+// replaced reports whether another relay still serves in this one's place, and adds it
+// to f. It asks for a page, since upgrades would use up the rate of all who share this
+// relay's address there.
+func (c *publicCheck) replaced(ctx context.Context, f *roundResult) bool {
+	for range handOverLooks {
+		_, t, err := c.dialer.dial(ctx, rolePage, probePrefix+rand.Text(), "")
+		r := c.reached(t, err)
+		if r.stays(c.me) {
+			f.add(r)
+			return true
+		}
+		if !t.answer.named {
+			break // the page does not come from a relay, so it tells nothing
+		}
+		c.rest(ctx)
+	}
+	return false
+}
+
 // tryID claims a new server-id and joins it, with so many phones if the claim is
 // held here, and so many if it is elsewhere. It returns what the claim reached; what
 // the phones do goes into f.
@@ -623,6 +678,9 @@ func (c *publicCheck) tryID(ctx context.Context, joins, follow int, f *roundResu
 			f.joins++
 			if r.verdict != publicVerified {
 				f.failed++
+			}
+			if r.stays(c.me) && c.state.waits.Load() {
+				break // that is all that has to be known
 			}
 		}
 	case at.verdict == publicSplit:
@@ -677,10 +735,18 @@ func (c *publicCheck) reached(t *dialTrace, err error) outcome {
 		return outcome{verdict: publicUnreachable, diagnosis: diagnose(c.dialer.base, t, err)}
 	case here:
 		return outcome{verdict: publicVerified}
+	case a.named && (a.standing.drains || a.standing.waits && !c.state.waits.Load()):
+		// No phone is lost there, only delayed.
+		return outcome{verdict: publicUnreachable, diagnosis: diagnosis{"another relay, " + a.who.id + ", answers as well and lets nobody in",
+			"if this is no update, which ends by itself, stop that relay: it waits for this one to go, or is about to stop"}}
 	case a.named:
 		o := rival{identity: a.who, asked: a.asked, told: a.told, theirs: a.standing, mine: c.standing()}
 		o.mine.age -= time.Since(a.asked)
-		return outcome{verdict: publicSplit, other: o}
+		r := outcome{verdict: publicSplit, other: o}
+		if c.refusal != nil && r.stays(c.me) {
+			c.refusal.Stop() // judge decides
+		}
+		return r
 	}
 	if t.step == stepSession {
 		err = fmt.Errorf("%s comes without %s: a relay of an older version, or a proxy that takes that header away",
@@ -711,6 +777,9 @@ func (c *publicCheck) upTo(d time.Duration) time.Duration {
 // judge makes a verdict of a round. An error names the relay for which this one gives
 // way. One round alone is no split: while a relay is replaced both answer for a moment.
 func (c *publicCheck) judge(f roundResult, now time.Time) error {
+	if c.state.waits.Load() && c.wait(f, now) {
+		return c.sight(f.others, now)
+	}
 	was := c.state.verdict()
 	if f.verdict == publicSplit && was != publicSplit && !c.suspected {
 		c.suspected = true
@@ -731,6 +800,29 @@ func (c *publicCheck) judge(f roundResult, now time.Time) error {
 	}
 	return c.sight(f.others, now)
 }
+
+// wait reports whether users are to be refused further, since another relay that is to
+// stay was seen. Without one they are let in.
+func (c *publicCheck) wait(f roundResult, now time.Time) bool {
+	i := slices.IndexFunc(f.others, func(o rival) bool { stays, _ := o.prevails(c.me, false); return stays })
+	switch {
+	case i >= 0 && c.seen == nil:
+		_, why := f.others[i].prevails(c.me, false)
+		c.log.Info("another relay serves the public name: users are refused (503) until that one is gone", "url", c.url,
+			"other", f.others[i].id, "other_age", f.others[i].age(now), "why", why, "stops_after", c.pace.over)
+	case i < 0 && c.seen != nil:
+		c.log.Info("the other relay is gone from the public name: users are let in", "url", c.url)
+		c.seen = nil
+	}
+	if i < 0 {
+		c.state.yields.Store(false)
+		c.admit()
+	}
+	return i >= 0
+}
+
+// admit lets users in.
+func (c *publicCheck) admit() { c.state.waits.Store(false) }
 
 // report logs a verdict that is new.
 func (c *publicCheck) report(f roundResult, now time.Time) {
@@ -792,14 +884,19 @@ type rival struct {
 const sameAge = time.Second
 
 // prevails reports whether the other relay is the one to stay, and why. Both come to
-// the same result, whatever their clocks say of the date: the one with binaries of
-// users stays, unless the ages alone are to count, then the one that has run for
-// longer, then the smaller id.
+// the same result, whatever their clocks say of the date: the one that lets users in
+// stays, then the one with binaries of users, unless the ages alone are to count, then
+// the one that has run for longer, then the smaller id. Of two that still refuse
+// users it is the smaller id, since that leaves no doubt, and neither has any to lose.
 func (o *rival) prevails(me identity, agesAlone bool) (stays bool, why string) {
 	switch ahead := o.mine.age - o.theirs.age; {
 	case !o.told: // it goes by the dates, so this one has to
 		earlier := cmp.Or(o.started.Compare(me.started), cmp.Compare(o.id, me.id)) < 0
 		return earlier, "it is of an older version, and started first by its clock"
+	case o.theirs.waits != o.mine.waits:
+		return o.mine.waits, "it lets users in, and this one does not yet"
+	case o.theirs.waits:
+		return o.id < me.id, "neither lets users in yet, and its id is the smaller one"
 	case o.theirs.users != o.mine.users && !agesAlone:
 		return o.theirs.users, "it holds binaries of users, and this one holds none"
 	case ahead > sameAge || ahead < -sameAge:

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"net/http"
 	"net/url"
 	"os"
 	"os/exec"
@@ -463,6 +464,7 @@ type checkRun struct {
 	joins    []int
 	verdicts []publicVerdict // after each
 	left     error
+	admitted time.Duration // when users were let in, if they were refused at first; -1 if never
 	logs     string
 }
 
@@ -483,6 +485,7 @@ func anotherRelay(id string, later, ahead time.Duration) rival {
 
 func withUsers(o rival) rival    { o.theirs.users = true; return o }
 func besideUsers(o rival) rival  { o.mine.users = true; return o }
+func waiting(o rival) rival      { o.theirs.waits = true; return o }
 func yielding(o rival) rival     { o.theirs.yields = true; return o }
 func ofOldVersion(o rival) rival { o.told, o.theirs = false, standing{}; return o }
 
@@ -500,17 +503,40 @@ func noWay() roundResult {
 
 // runCheck lets a check go through a script of rounds; the last goes on for ever,
 // until there were as many rounds as asked for.
-func runCheck(t *testing.T, rounds int, bypass bool, script ...roundResult) (got checkRun) {
+func runCheck(t *testing.T, rounds int, bypass bool, script ...roundResult) checkRun {
+	t.Helper()
+	return checkScript{rounds: rounds, bypass: bypass, script: script}.run(t)
+}
+
+// checkScript is what a check goes through.
+type checkScript struct {
+	rounds        int
+	bypass, waits bool
+	slow          time.Duration // what a round takes
+	script        []roundResult
+}
+
+func (s checkScript) run(t *testing.T) (got checkRun) {
 	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		var logs logBuffer
 		c := &publicCheck{
-			me: myself, began: time.Now(), url: "wss://relay.test", bypass: bypass, pace: defaultPace(), state: new(instanceState),
+			me: myself, began: time.Now(), url: "wss://relay.test", bypass: s.bypass, pace: defaultPace(), state: new(instanceState),
 			log: slog.New(slog.NewTextHandler(&logs, nil)), leave: make(chan error, 1),
 		}
 		c.state.public.Store(uint32(publicPending))
+		c.state.waits.Store(s.waits)
 		ctx, cancel := context.WithCancel(t.Context())
 		began := time.Now()
+		got.admitted = -1
+		var watch sync.WaitGroup
+		watch.Go(func() {
+			for ; ctx.Err() == nil && got.admitted < 0; time.Sleep(50 * time.Millisecond) {
+				if !c.state.waits.Load() {
+					got.admitted = time.Since(began)
+				}
+			}
+		})
 		note := func() {
 			got.verdicts = append(got.verdicts, c.state.verdict())
 		}
@@ -519,17 +545,18 @@ func runCheck(t *testing.T, rounds int, bypass bool, script ...roundResult) (got
 			if n > 0 {
 				note()
 			}
-			if n == rounds {
+			if n == s.rounds {
 				cancel()
 				return roundResult{}
 			}
+			time.Sleep(s.slow)
 			got.at = append(got.at, time.Since(began))
 			got.joins = append(got.joins, joins)
-			f := script[min(n, len(script)-1)]
+			f := s.script[min(n, len(s.script)-1)]
 			f.others = slices.Clone(f.others)
 			for i := range f.others {
 				o := &f.others[i]
-				o.asked, o.mine.age = time.Now(), 100*time.Hour+time.Since(began)
+				o.asked, o.mine.age, o.mine.waits = time.Now(), 100*time.Hour+time.Since(began), c.state.waits.Load()
 				o.theirs.age += o.mine.age
 			}
 			return f
@@ -540,6 +567,8 @@ func runCheck(t *testing.T, rounds int, bypass bool, script ...roundResult) (got
 			note()
 		default:
 		}
+		cancel()
+		watch.Wait()
 		got.logs = logs.String()
 	})
 	return got
@@ -669,6 +698,53 @@ func TestPublicCheckVerdicts(t *testing.T) {
 	r := runCheck(t, 100, false, split(older), split(older), split(older), allMine(), split(older))
 	if n := len(r.at); r.left == nil || n < 7 || r.at[n-1]-r.at[4] < 90*time.Second {
 		t.Errorf("left because of %v in round %d, %v after the second split began", r.left, n, r.at[n-1]-r.at[4])
+	}
+}
+
+// TestPublicCheckLetsUsersIn: not before the first round is over, not while another
+// relay serves, and at once in every other case.
+func TestPublicCheckLetsUsersIn(t *testing.T) {
+	t.Parallel()
+	type script = []roundResult
+	const never = -1
+	for _, tt := range []struct {
+		name     string
+		slow     time.Duration // what a round takes
+		script   script
+		from, to time.Duration // users are let in between these
+		leaves   bool
+		verdict  publicVerdict // at the end
+	}{
+		{"alone", time.Second, script{allMine()}, time.Second, time.Second, false, publicVerified},
+		{"hairpin NAT", time.Second, script{noWay()}, time.Second, time.Second, false, publicUnreachable},
+		{"a web server", time.Second, script{elsewhere()}, time.Second, time.Second, false, publicNotARelay},
+		{"no answer for long", 20 * time.Second, script{noWay()}, longestRefusal, longestRefusal, false, publicUnreachable},
+		{"another relay that does not say who it is", 0, script{splitWith()}, 0, 0, false, publicSplit},
+		{"another serves", 0, script{splitWith(older)}, never, never, true, publicPending},
+		{"another serves, and is younger", 0, script{splitWith(younger)}, never, never, true, publicPending},
+		{"another serves, and is gone then", 0, script{splitWith(older), splitWith(older), splitWith(older), allMine()},
+			3 * handOver * 9 / 10, 3 * handOver * 11 / 10, false, publicVerified},
+		{"another serves, and then nothing does", 0, script{splitWith(older), noWay()},
+			handOver * 9 / 10, handOver * 11 / 10, false, publicUnreachable},
+		{"both wait, smaller id stays", 0, script{splitWith(waiting(younger)), allMine()}, 0, 0, false, publicVerified},
+		{"both wait, greater id waits on", 0, script{splitWith(waiting(older))}, never, never, true, publicPending},
+		{"the elder waits for the one that serves", 0, script{splitWith(withUsers(younger), waiting(older))}, never, never, true, publicPending},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			r := checkScript{rounds: 200, waits: true, slow: tt.slow, script: tt.script}.run(t)
+			const coarse = 50 * time.Millisecond
+			if r.admitted < tt.from || r.admitted > tt.to+coarse || tt.to == never && r.admitted != never {
+				t.Errorf("users are let in after %v, want between %v and %v", r.admitted, tt.from, tt.to)
+			}
+			if (r.left != nil) != tt.leaves || r.verdicts[len(r.verdicts)-1] != tt.verdict {
+				t.Errorf("at the end: verdict %v, left because of %v\n%s", r.verdicts[len(r.verdicts)-1], r.left, r.logs)
+			}
+			if last := r.at[len(r.at)-1]; tt.leaves && (last < 90*time.Second || last > 95*time.Second || strings.Contains(r.logs, "ERROR") ||
+				strings.Count(r.logs, "users are refused (503)") != 1) {
+				t.Errorf("it left after %v, and the log is\n%s", last, r.logs)
+			}
+		})
 	}
 }
 
@@ -895,16 +971,79 @@ func TestPaceFrom(t *testing.T) {
 
 // ---- one round ----
 
+// checkOf is a check of r through addr, without pauses.
+func checkOf(r *testRelay, addr string) *publicCheck {
+	return &publicCheck{me: r.id, standing: r.standing, state: r.instance, keys: r.probes, dialer: dialer{base: &url.URL{Scheme: "ws", Host: addr}}}
+}
+
 // lookFrom makes one round as r does, through addr.
 func lookFrom(t *testing.T, r *testRelay, addr string, joins int) roundResult {
 	t.Helper()
-	c := &publicCheck{me: r.id, standing: r.standing, keys: r.probes, dialer: dialer{base: &url.URL{Scheme: "ws", Host: addr}}}
-	f := c.look(t.Context(), joins)
+	f := checkOf(r, addr).look(t.Context(), joins)
 	r.probes.serverIDs.Range(func(nonce, id any) bool {
 		t.Errorf("the nonce %v for %v outlives its round", nonce, id)
 		return true
 	})
 	return f
+}
+
+// TestPublicRoundThatWaits: a relay that lets no users in yet looks at who answers for the
+// other one, until that is gone, and lets its own check in.
+func TestPublicRoundThatWaits(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name  string
+		front func(t *testing.T, me, other string) (public string)
+		other func(other *testRelay)
+		met   bool // the other one, as the one to stay
+		pages bool // have told, and no upgrade was asked for at the other
+	}{
+		{"the other serves", through(func(me, other string) picker { return inTurn(other, me) }), func(*testRelay) {}, true, true},
+		{"only the other is reached", through(func(_, other string) picker { return always(other) }), func(*testRelay) {}, true, true},
+		{"one page in ten", through(func(me, other string) picker { return onceOf(9, other, me) }), func(*testRelay) {}, true, true},
+		{"one phone in nine", through(func(me, other string) picker { return onceOf(handOverLooks+8, other, me) }), func(*testRelay) {}, true, false},
+		{"pages are another's", func(t *testing.T, me, other string) string {
+			page := status(t, 404)
+			return startBalancer(t, nil, func(n int, head string) string {
+				if strings.Contains(head, "/readyz") {
+					return page
+				}
+				return []string{me, other}[n%2]
+			}).addr
+		}, func(*testRelay) {}, true, false},
+		{"the other drains", through(func(me, other string) picker { return inTurn(other, me) }),
+			func(other *testRelay) { other.draining.Store(true) }, false, false},
+		{"the other is gone", through(func(me, _ string) picker { return always(me) }), func(*testRelay) {}, false, false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			o := testOptions()
+			o.publicURL = &url.URL{Scheme: "ws", Host: "relay.test"}
+			me, other := startRelay(t, o), startRelay(t, testOptions())
+			tt.other(other)
+			if _, resp, err := me.dial("/v2/client", phoneHeaders("nobody")); err != nil || resp.StatusCode != http.StatusServiceUnavailable {
+				t.Fatalf("a user at a relay that waits: %v, %v", resp, err)
+			}
+			c := checkOf(me, tt.front(t, me.addr, other.addr))
+			c.seen = map[string]*observation{other.id.id: {}}
+			f := c.look(t.Context(), firstJoins)
+			if met := len(f.others) == 1 && f.others[0].identity == other.id; met != tt.met {
+				t.Errorf("the other one was met: %v, want %v: %+v", met, tt.met, f)
+			}
+			asked := int64(0)
+			for role := range roleCount {
+				for o := range upgradeOutcomeCount {
+					asked += other.metrics.upgrades[role][o].Load()
+				}
+			}
+			if tt.met && (asked == 0) != tt.pages {
+				t.Errorf("%d upgrades were asked for at the other one", asked)
+			}
+			if len(f.others) == 0 && me.metrics.upgrades[rolePhone][upgradeChecking].Load() != 1 {
+				t.Error("the check's own phones are refused")
+			}
+		})
+	}
 }
 
 func TestPublicRound(t *testing.T) {
@@ -943,6 +1082,8 @@ func TestPublicRound(t *testing.T) {
 			publicUnreachable, false, "no HTTP answer", true},
 		{"a proxy that drops the upgrade", dropping("Upgrade", ""), publicUnreachable, false, "no upgrade was asked for", false},
 		{"a proxy that drops headers", dropping("X-Pyrycode-Version", ""), publicUnreachable, false, "x-pyrycode-version is missing", false},
+		{"round robin, the other waits", through(func(me, other string) picker { return inTurn(me, other) }),
+			publicUnreachable, false, "answers as well and lets nobody in", true},
 		{"the header is taken away", dropping("", instanceHeader), publicVerified, false, "", false},
 		{"the header is taken away, round robin", func(t *testing.T, me, other string) string {
 			b := startBalancer(t, nil, inTurn(me, other))
@@ -953,6 +1094,7 @@ func TestPublicRound(t *testing.T) {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
 			me, other := startRelay(t, testOptions()), startRelay(t, testOptions())
+			other.instance.waits.Store(strings.HasSuffix(tt.name, "the other waits"))
 			f := lookFrom(t, me, tt.front(t, me.addr, other.addr), firstJoins)
 			if f.verdict != tt.want {
 				t.Errorf("verdict %v (%+v), want %v", f.verdict, f, tt.want)
@@ -1287,6 +1429,154 @@ func TestPublicCheckYoungerRelayLeaves(t *testing.T) {
 			p.signal(syscall.SIGTERM)
 			if got := p.exit(); got != exitStopped {
 				t.Errorf("exit code %d, want %d", got, exitStopped)
+			}
+		})
+	}
+}
+
+// ---- what users notice ----
+
+// crowd are binaries and phones that dial a public name again and again, as daemons
+// and apps do, and count how that ends.
+type crowd struct {
+	t     *testing.T
+	addr  string
+	homes [4]atomic.Pointer[string] // the instance that each binary is connected to
+
+	paired, refused, early, wrong atomic.Int64
+}
+
+// open dials as one leg. The connection is nil where it is refused.
+func (h *crowd) open(path string, header http.Header) (*wsClient, string) {
+	nc, err := net.Dial("tcp", h.addr)
+	if err != nil {
+		return nil, ""
+	}
+	c, resp, err := handshake(h.t, nc, path, header)
+	if err != nil || c == nil {
+		nc.Close()
+		if resp != nil && resp.StatusCode == http.StatusServiceUnavailable {
+			h.refused.Add(1)
+		}
+		return nil, ""
+	}
+	return c, resp.Header.Get(instanceHeader)
+}
+
+// end reads until the close frame or the end, which a close frame is answered with.
+func (h *crowd) end(c *wsClient, patience time.Duration) (code int) {
+	defer c.nc.Close()
+	c.patience = patience
+	for {
+		switch op, p, err := c.next(); {
+		case err != nil:
+			return 0
+		case op == opClose:
+			c.nc.Write(clientFrame(last, opClose, p))
+			return int(p[0])<<8 | int(p[1])
+		}
+	}
+}
+
+func (h *crowd) binary(ctx context.Context, i int) {
+	for ; ctx.Err() == nil; time.Sleep(10 * time.Millisecond) {
+		if c, at := h.open("/v2/server", binaryHeaders(fmt.Sprintf("home-%d", i))); c != nil {
+			stop := context.AfterFunc(ctx, func() { c.nc.Close() })
+			h.homes[i].Store(&at)
+			h.end(c, patience)
+			h.homes[i].Store(nil)
+			stop()
+		}
+	}
+}
+
+// phone asks for a home until ctx ends. A 4404 is wrong if the binary was connected to
+// another relay before and afterwards.
+func (h *crowd) phone(ctx context.Context, i int) {
+	for ; ctx.Err() == nil; time.Sleep(5 * time.Millisecond) {
+		before := h.homes[i].Load()
+		c, at := h.open("/v1/client", phoneHeaders(fmt.Sprintf("home-%d", i)))
+		if c == nil {
+			continue
+		}
+		switch code, after := h.end(c, 20*time.Millisecond), h.homes[i].Load(); {
+		case code == 0:
+			h.paired.Add(1)
+		case code == 4404 && before != nil && before == after && *after != at:
+			h.wrong.Add(1)
+		case code == 4404:
+			h.early.Add(1) // before its binary was back
+		}
+	}
+}
+
+// at reports whether all binaries are connected, and not to an instance.
+func (h *crowd) settled(not string) bool {
+	for i := range h.homes {
+		if at := h.homes[i].Load(); at == nil || *at == not {
+			return false
+		}
+	}
+	return true
+}
+
+// TestPublicCheckCostsNoPhone: while a relay is replaced, and beside one that is started again
+// and again, no phone is told 4404 although its binary is online.
+func TestPublicCheckCostsNoPhone(t *testing.T) {
+	t.Parallel()
+	for _, rolling := range []bool{true, false} {
+		t.Run(map[bool]string{true: "rolling update", false: "crash loop"}[rolling], func(t *testing.T) {
+			t.Parallel()
+			one, two := freeLock(t), freeLock(t)
+			b := startBalancer(t, nil, func(n int, _ string) string { // takes turns, and passes over what is down
+				for _, addr := range [][2]string{{one, two}, {two, one}}[n%2] {
+					if nc, err := net.Dial("tcp", addr); err == nil {
+						nc.Close()
+						return addr
+					}
+				}
+				return ""
+			})
+			start := func(addr string) *program {
+				return startProgram(t, []string{paceName + "=200ms,100ms,600ms"}, "-listen", addr, "-public-url", "ws://"+b.addr, "-rate-per-minute", "0")
+			}
+			first := start(one).listening()
+			h := &crowd{t: t, addr: b.addr}
+			ctx, cancel := context.WithCancel(t.Context())
+			var wg sync.WaitGroup
+			defer wg.Wait()
+			defer cancel()
+			for i := range h.homes {
+				wg.Go(func() { h.binary(ctx, i) })
+				wg.Go(func() { h.phone(ctx, i) })
+			}
+			eventually(t, "all binaries are there", func() bool { return h.settled("") && h.paired.Load() > 20 })
+			old := *h.homes[0].Load()
+			if rolling {
+				second := start(two).listening()
+				second.said("users are refused (503)")
+				eventually(t, "phones are refused", func() bool { return h.refused.Load() > 20 })
+				first.signal(syscall.SIGTERM)
+				if got := first.exit(); got != exitStopped {
+					t.Errorf("exit code %d", got)
+				}
+				eventually(t, "all binaries are at the new relay", func() bool { return h.settled(old) })
+				if status, _ := fetch(t, "http://"+two+"/readyz"); status != http.StatusOK {
+					t.Errorf("/readyz of the new relay: %d", status)
+				}
+			} else {
+				for range 5 {
+					if got := start(two).exit(); got != exitRefused {
+						t.Errorf("exit code %d", got)
+					}
+				}
+			}
+			paired := h.paired.Load()
+			eventually(t, "phones meet their binaries", func() bool { return h.paired.Load() > paired+20 })
+			t.Logf("%d phones met their binary, %d were refused, %d came before it, %d were told 4404 although it was online",
+				h.paired.Load(), h.refused.Load(), h.early.Load(), h.wrong.Load())
+			if h.wrong.Load() > 0 || h.refused.Load() == 0 {
+				t.Errorf("%d phones were told 4404 although their binary was online; %d refusals", h.wrong.Load(), h.refused.Load())
 			}
 		})
 	}

@@ -75,6 +75,15 @@ func (r *relayProcess) wantNoAlarm(rounds int) {
 	}
 }
 
+// bothServe starts the balancer of a public name once both relays behind it, which
+// did not reach it, let users in.
+func bothServe(t testing.TB, b balancer, public string, first, second *relayProcess) {
+	t.Helper()
+	first.wantCheck("unreachable")
+	second.wantCheck("unreachable")
+	b.startAt(t, public, false, first.addr, second.addr)
+}
+
 // TestRoundRobin: both relays find each other, one leaves, and phones that were told
 // 4404 reach their binary.
 func TestRoundRobin(t *testing.T) {
@@ -82,10 +91,10 @@ func TestRoundRobin(t *testing.T) {
 	for _, b := range balancers {
 		t.Run(b.name, func(t *testing.T) {
 			t.Parallel()
-			one, two := freeAddr(t), freeAddr(t)
-			public := b.start(t, false, one, two)
+			one, two, public := freeAddr(t), freeAddr(t), freeAddr(t)
 			env := pace("1s", "1s", "1500ms")
 			first, second := publicRelay(t, env, one, public), publicRelay(t, env, two, public)
+			bothServe(t, b, public, first, second)
 
 			// A binary on each: one of them will have to move.
 			var homes []string
@@ -166,13 +175,15 @@ func TestWrongClocks(t *testing.T) {
 		t.Run(test.name, func(t *testing.T) {
 			t.Parallel()
 			one, two := freeAddr(t), freeAddr(t)
-			public := balancers[0].start(t, false, one, two)
+			public := freeAddr(t)
 			stays := publicRelay(t, pace("1s", "1s", "1500ms"+test.elder), one, public)
 			stays.wantAge(2)
 			leaves := publicRelay(t, pace("1s", "1s", "1500ms"+test.newcomer), two, public)
+			leaves.wantCheck("unreachable")
 			if test.newcomerUsers {
 				keepBinary(t, two, "home")
 			}
+			bothServe(t, balancers[0], public, stays, leaves)
 			if test.inverse {
 				stays, leaves = leaves, stays
 			}
@@ -201,7 +212,7 @@ func TestWrongClocks(t *testing.T) {
 // TestNoFalseAlarm: what looks like two relays, or is for a moment, and harms nobody.
 func TestNoFalseAlarm(t *testing.T) {
 	t.Parallel()
-	env := pace("200ms", "1s", "3s") // the first round is a second away: both have started
+	env := pace("200ms", "1s", "3s")
 	for _, b := range balancers {
 		t.Run(b.name+"/sticky by server-id", func(t *testing.T) {
 			t.Parallel()

@@ -63,7 +63,14 @@ const nginxTemps = `	client_body_temp_path %[1]s/body;
 // context is what stands beside the server block.
 func startNginx(t testing.TB, listen, context, server string) (addr string) {
 	t.Helper()
-	addr, dir := freeAddr(t), t.TempDir()
+	addr = freeAddr(t)
+	startNginxAt(t, addr, listen, context, server)
+	return addr
+}
+
+func startNginxAt(t testing.TB, addr, listen, context, server string) {
+	t.Helper()
+	dir := t.TempDir()
 	config := writeFile(t, filepath.Join(dir, "nginx.conf"), fmt.Sprintf(`
 daemon off;
 master_process off;
@@ -81,30 +88,28 @@ http {
 `, dir, context, addr, listen, server))
 	p := start(t, exec.Command(tool(t, "nginx"), "-e", "stderr", "-c", config), func(string) {})
 	awaitListener(t, p, addr)
-	return addr
 }
 
-// nginxLocation is a location that forwards as README.md says, to a host and port
-// or an upstream.
+// nginxLocation is a location that forwards as docs/deploy/nginx.conf does, to a host
+// and port or an upstream.
 func nginxLocation(t testing.TB, backend string) string {
 	t.Helper()
-	readme, err := os.ReadFile("../README.md")
+	config, err := os.ReadFile("../docs/deploy/nginx.conf")
 	if err != nil {
 		t.Fatal(err)
 	}
-	_, block, ok := strings.Cut(string(readme), "\nlocation / {\n")
-	block, _, closed := strings.Cut(block, "\n}\n")
+	_, block, ok := strings.Cut(string(config), "\n\tlocation / {\n")
+	block, _, closed := strings.Cut(block, "\n\t}\n")
 	const backendThere = "proxy_pass http://127.0.0.1:8080;"
 	if !ok || !closed || strings.Count(block, backendThere) != 1 {
-		t.Fatalf("README.md has no nginx location with %q", backendThere)
+		t.Fatalf("docs/deploy/nginx.conf has no location with %q", backendThere)
 	}
 	return "location / {\n" + strings.Replace(block, "127.0.0.1:8080", backend, 1) + "\n}"
 }
 
-// startHAProxy serves a backend section's lines and returns its address.
-func startHAProxy(t testing.TB, backend string) (addr string) {
+// startHAProxyAt serves a backend section's lines.
+func startHAProxyAt(t testing.TB, addr, backend string) {
 	t.Helper()
-	addr = freeAddr(t)
 	config := writeFile(t, filepath.Join(t.TempDir(), "haproxy.cfg"), fmt.Sprintf(`
 defaults
 	mode http
@@ -122,17 +127,23 @@ backend relays
 `, addr, backend))
 	p := start(t, exec.Command(tool(t, "haproxy"), "-db", "-f", config), func(string) {})
 	awaitListener(t, p, addr)
-	return addr
 }
 
 // balancer is a load balancer in front of relays.
 type balancer struct {
-	name  string
-	start func(t testing.TB, sticky bool, relays ...string) (addr string)
+	name    string
+	startAt func(t testing.TB, addr string, sticky bool, relays ...string)
+}
+
+func (b balancer) start(t testing.TB, sticky bool, relays ...string) (addr string) {
+	t.Helper()
+	addr = freeAddr(t)
+	b.startAt(t, addr, sticky, relays...)
+	return addr
 }
 
 var balancers = []balancer{
-	{"haproxy", func(t testing.TB, sticky bool, relays ...string) string {
+	{"haproxy", func(t testing.TB, addr string, sticky bool, relays ...string) {
 		t.Helper()
 		lines := []string{"balance roundrobin"}
 		if sticky {
@@ -141,9 +152,9 @@ var balancers = []balancer{
 		for i, r := range relays {
 			lines = append(lines, fmt.Sprintf("server relay%d %s check inter 50ms fall 1 rise 1", i, r))
 		}
-		return startHAProxy(t, strings.Join(lines, "\n"))
+		startHAProxyAt(t, addr, strings.Join(lines, "\n"))
 	}},
-	{"nginx", func(t testing.TB, sticky bool, relays ...string) string {
+	{"nginx", func(t testing.TB, addr string, sticky bool, relays ...string) {
 		t.Helper()
 		var lines []string
 		if sticky {
@@ -152,6 +163,6 @@ var balancers = []balancer{
 		for _, r := range relays {
 			lines = append(lines, fmt.Sprintf("server %s fail_timeout=1s;", r))
 		}
-		return startNginx(t, "", "upstream relays {\n"+strings.Join(lines, "\n")+"\n}", nginxLocation(t, "relays"))
+		startNginxAt(t, addr, "", "upstream relays {\n"+strings.Join(lines, "\n")+"\n}", nginxLocation(t, "relays"))
 	}},
 }
