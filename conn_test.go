@@ -1849,7 +1849,8 @@ func TestConnGoneBeforeItsSession(t *testing.T) {
 		if r.enter(role) != nil {
 			t.Fatal("no room")
 		}
-		r.begin(caller{role: role, serverID: "gone"}, nc, nil, nil)
+		from := caller{role: role, serverID: "gone"}
+		r.begin(newSession(r.relay, from, "gone"), from, nc, nil, nil)
 		counts := &r.metrics.upgrades[role]
 		if failed, ok := counts[upgradeFailed].Load(), counts[upgradeAccepted].Load(); failed != 1 || ok != 0 {
 			t.Errorf("%v: %d failed and %d accepted, want 1 and 0", role, failed, ok)

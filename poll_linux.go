@@ -41,24 +41,40 @@ const (
 	mostUnsent = 32 << 10
 	// tcpNotSentLowAt is TCP_NOTSENT_LOWAT (tcp(7)), which package syscall lacks.
 	tcpNotSentLowAt = 25
-	// nestFor is how long after an upgrade the loop waits in Go's own poller, for its
-	// whole epoll set. In epoll_wait it keeps a thread and a processor of Go's, which
-	// the runtime takes away again and again as long as net/http has work: an upgrade
-	// costs a fifth more. Without upgrades a wait there costs twice as much.
-	nestFor = 100 * time.Millisecond
+	// crowdFor is how long after an upgrade net/http is taken to have work.
+	crowdFor = 100 * time.Millisecond
 	// edgeTriggered is EPOLLET, which package syscall has as a negative number
 	// on some architectures.
 	edgeTriggered = 1 << 31
 )
 
+// kernel is what a loop asks of the system. Nothing but wait blocks.
+type kernel interface {
+	// limitUnsent bounds by mostUnsent what is held of what is sent to fd.
+	limitUnsent(fd int)
+	// watch makes wait tell of fd: of both directions, edge-triggered, so that nothing
+	// has to be changed later on.
+	watch(fd int) error
+	// wait fills told, and waits for something to tell if it may. crowd says that
+	// other goroutines have as much to do.
+	wait(told []syscall.EpollEvent, may, crowd bool) (int, error)
+	// wake ends the wait, or the next one.
+	wake()
+	recv(fd int, p []byte) (int, error)
+	send(fd int, bufs [][]byte) (int, error)
+	shutdown(fd, how int)
+	close(fd int)
+	// stop closes what wait needs.
+	stop()
+}
+
 // epollLoop owns its connections' file descriptors: it alone reads and closes
 // them. Others write to and shut down a descriptor under the connection's mu,
 // which the loop takes to close it.
 type epollLoop struct {
-	relay *relay
-	epfd  int
-	bell  int // an eventfd in the set: a write to it wakes the loop
-	done  chan struct{}
+	relay  *relay
+	kernel kernel
+	done   chan struct{}
 
 	sleeping   atomic.Bool  // the loop is about to wait, or waits
 	attachedAt atomic.Int64 // relay clock of the latest attach
@@ -72,13 +88,8 @@ type epollLoop struct {
 	// Owned by the loop.
 	buf   []byte
 	told  []syscall.EpollEvent
-	n     int                // of told, by the last take
-	err   error              // of the last take
-	take  func(uintptr) bool // takes what epoll has to tell; for raw
-	set   *os.File           // of epfd while it is nested, else nil
-	raw   syscall.RawConn    // of set
-	ready []*conn            // may have more to read; edge-triggered epoll will not say so again
-	share int                // bufferfuls for each in this round
+	ready []*conn // may have more to read; edge-triggered epoll will not say so again
+	share int     // bufferfuls for each in this round
 	batch writeBatch
 }
 
@@ -99,22 +110,19 @@ func init() { newPoller = newEpollLoop }
 
 // newEpollLoop starts a loop, which serves until stop.
 func newEpollLoop(r *relay) (poller, error) {
-	l := &epollLoop{relay: r, done: make(chan struct{}), buf: make([]byte, readSize), told: make([]syscall.EpollEvent, epollEvents)}
-	l.batch.relay = r
-	l.take = func(uintptr) bool {
-		l.n, l.err = epollWait(l.epfd, l.told, false)
-		return l.n > 0 || l.err != nil
+	set, err := newEpollSet()
+	if err != nil {
+		return nil, err
 	}
-	var err error
-	if l.epfd, err = syscall.EpollCreate1(syscall.EPOLL_CLOEXEC); err != nil {
-		return nil, fmt.Errorf("creating an epoll set: %w", err)
-	}
-	if l.bell, err = newBell(l.epfd); err != nil {
-		closeSocket(l.epfd)
-		return nil, fmt.Errorf("creating what wakes an epoll set: %w", err)
-	}
+	l := makeEpollLoop(r, set)
 	go l.run()
 	return l, nil
+}
+
+func makeEpollLoop(r *relay, k kernel) *epollLoop {
+	l := &epollLoop{relay: r, kernel: k, done: make(chan struct{}), buf: make([]byte, readSize), told: make([]syscall.EpollEvent, epollEvents)}
+	l.batch.relay = r
+	return l
 }
 
 // bind gives c a socket out of nc, which it takes over.
@@ -132,7 +140,7 @@ func (l *epollLoop) bind(c *conn, nc net.Conn) error {
 		return fmt.Errorf("taking over a socket: %w", err)
 	}
 	if c.passing == priorityBinary {
-		syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, tcpNotSentLowAt, mostUnsent) // an old kernel's binary is the slower one
+		l.kernel.limitUnsent(fd)
 	}
 	c.sock = &epollSocket{loop: l, c: c, fd: fd}
 	return nil
@@ -154,10 +162,7 @@ func (s *epollSocket) attach(first []byte) {
 	}
 	l.conns[s.fd] = c
 	l.live++
-	// Both directions are watched from the start and edge-triggered, so that nothing
-	// has to be changed later on.
-	ev := syscall.EpollEvent{Events: syscall.EPOLLIN | syscall.EPOLLOUT | syscall.EPOLLRDHUP | edgeTriggered, Fd: int32(s.fd)}
-	err := syscall.EpollCtl(l.epfd, syscall.EPOLL_CTL_ADD, s.fd, &ev)
+	err := l.kernel.watch(s.fd)
 	if err != nil {
 		s.hup = true
 		c.paused.Store(true)
@@ -181,7 +186,7 @@ func (l *epollLoop) post(s *epollSocket) {
 	if s.attached { // else the loop may have ended
 		l.inbox = append(l.inbox, s.c)
 		if l.sleeping.Swap(false) {
-			ring(l.bell)
+			l.kernel.wake()
 		}
 	}
 }
@@ -191,85 +196,46 @@ func (l *epollLoop) stop() {
 	l.mu.Lock()
 	l.stopping = true
 	l.mu.Unlock()
-	ring(l.bell)
+	l.kernel.wake()
 	<-l.done
-	l.unnest()
-	closeSocket(l.bell)
-	closeSocket(l.epfd)
+	l.kernel.stop()
 }
 
 func (l *epollLoop) run() {
 	defer close(l.done)
-	w := &l.batch
 	for {
 		idle, stop := l.idle()
 		if stop {
 			return
 		}
-		n := l.wait(idle)
-		l.sleeping.Store(false)
-		l.share = min(max(1, roundReads/max(1, n+len(l.ready))), mostReads)
-		w.now = l.relay.now()
-		for i := range n {
-			l.serve(&l.told[i])
-		}
-		l.mu.Lock()
-		posted := l.inbox
-		l.inbox = nil
-		l.mu.Unlock()
-		for _, c := range posted {
-			c.unpause(w)
-			l.read(c)
-		}
-		l.readOn()
-		w.flush()
+		l.turn(idle)
 	}
 }
 
-// wait takes what the epoll set has to tell, into told, and waits for that if it may.
-func (l *epollLoop) wait(idle bool) int {
-	l.n, l.err = 0, nil
-	switch {
-	case !idle:
-		l.take(0)
-	case l.batch.now-l.attachedAt.Load() < int64(nestFor) && l.nest():
-		l.raw.Read(l.take)
-	default:
-		l.unnest()
-		l.n, l.err = epollWait(l.epfd, l.told, true)
-	}
-	if l.err != nil && l.err != syscall.EINTR {
+// turn serves what the kernel has to tell, and waits for that if it may.
+func (l *epollLoop) turn(idle bool) {
+	w := &l.batch
+	n, err := l.kernel.wait(l.told, idle, w.now-l.attachedAt.Load() < int64(crowdFor))
+	if err != nil && err != syscall.EINTR {
 		// Cannot happen with an epoll set of our own.
-		l.relay.log.Error("waiting for sockets failed", "error", l.err)
+		l.relay.log.Error("waiting for sockets failed", "error", err)
 	}
-	return max(l.n, 0)
-}
-
-// nest puts the epoll set into Go's own poller, and reports whether it is there.
-func (l *epollLoop) nest() bool {
-	if l.set != nil {
-		return true
+	l.sleeping.Store(false)
+	l.share = min(max(1, roundReads/max(1, n+len(l.ready))), mostReads)
+	w.now = l.relay.now()
+	for i := range n {
+		l.serve(&l.told[i])
 	}
-	fd, err := duplicate(l.epfd)
-	if err != nil {
-		return false
+	l.mu.Lock()
+	posted := l.inbox
+	l.inbox = nil
+	l.mu.Unlock()
+	for _, c := range posted {
+		c.unpause(w)
+		l.read(c)
 	}
-	syscall.SetNonblock(fd, true) // what os.NewFile takes for a file to poll
-	l.set = os.NewFile(uintptr(fd), "epoll set")
-	if l.raw, err = l.set.SyscallConn(); err == nil {
-		err = l.set.SetReadDeadline(time.Time{}) // fails if Go's poller does not take it
-	}
-	if err != nil {
-		l.unnest()
-	}
-	return err == nil
-}
-
-func (l *epollLoop) unnest() {
-	if l.set != nil {
-		l.set.Close()
-		l.set = nil
-	}
+	l.readOn()
+	w.flush()
 }
 
 // idle reports whether the loop has nothing left to do, and whether it is to end.
@@ -318,7 +284,7 @@ func (l *epollLoop) read(c *conn) {
 			return
 		}
 		into := c.readInto(l.buf)
-		n, err := recv(s.fd, into)
+		n, err := l.kernel.recv(s.fd, into)
 		l.relay.metrics.socketReads.Add(1)
 		switch {
 		case err == syscall.EAGAIN:
@@ -368,7 +334,7 @@ func (l *epollLoop) free(c *conn, s *epollSocket) {
 	fd := s.fd
 	s.fd = -1
 	c.mu.Unlock()
-	closeSocket(fd)
+	l.kernel.close(fd)
 }
 
 // write is socket's. The caller holds c.mu.
@@ -382,7 +348,7 @@ func (s *epollSocket) write(bufs [][]byte) (int, error) {
 	}
 	for {
 		s.loop.relay.metrics.socketWrites.Add(1)
-		n, err := send(s.fd, bufs)
+		n, err := s.loop.kernel.send(s.fd, bufs)
 		switch {
 		case err == syscall.EINTR:
 			continue
@@ -398,17 +364,133 @@ func (s *epollSocket) unsent() bool { return false }
 
 func (s *epollSocket) closeWrite() {
 	if s.fd >= 0 {
-		syscall.RawSyscall(syscall.SYS_SHUTDOWN, uintptr(s.fd), syscall.SHUT_WR, 0)
+		s.loop.kernel.shutdown(s.fd, syscall.SHUT_WR)
 	}
 }
 
 func (s *epollSocket) shutdown() {
 	if s.fd >= 0 {
-		syscall.Shutdown(s.fd, syscall.SHUT_RDWR)
+		s.loop.kernel.shutdown(s.fd, syscall.SHUT_RDWR)
 	}
 }
 
 func (s *epollSocket) resume() { s.loop.post(s) }
+
+// ---- waiting ----
+
+// epollSet is Linux as a kernel.
+//
+// In epoll_wait a loop keeps a thread and a processor of Go's, which the runtime takes
+// away again and again as long as net/http has work: an upgrade costs a fifth more.
+// In a crowd the loop therefore waits in Go's own poller, for its whole epoll set.
+// With nobody else there that wait costs twice as much.
+type epollSet struct {
+	epfd int
+	bell int // an eventfd in the set: a write to it is an event
+
+	// Owned by the loop.
+	told   []syscall.EpollEvent // of the wait under way
+	n      int                  // of told, by the last take
+	err    error                // of the last take
+	take   func(uintptr) bool   // takes what epoll has to tell; for raw
+	nested *os.File             // of epfd, in Go's poller; nil while it is not there
+	raw    syscall.RawConn      // of nested
+}
+
+func newEpollSet() (*epollSet, error) {
+	s := new(epollSet)
+	s.take = func(uintptr) bool {
+		s.n, s.err = call(syscall.SYS_EPOLL_PWAIT, s.epfd, unsafe.Pointer(unsafe.SliceData(s.told)), len(s.told), 0)
+		return s.n > 0 || s.err != nil
+	}
+	var err error
+	if s.epfd, err = syscall.EpollCreate1(syscall.EPOLL_CLOEXEC); err != nil {
+		return nil, fmt.Errorf("creating an epoll set: %w", err)
+	}
+	bell, _, errno := syscall.RawSyscall(syscall.SYS_EVENTFD2, 0, syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
+	if errno != 0 {
+		closeSocket(s.epfd)
+		return nil, fmt.Errorf("creating what wakes an epoll set: %w", errno)
+	}
+	s.bell = int(bell)
+	if err = s.watch(s.bell); err != nil {
+		s.stop()
+		return nil, fmt.Errorf("watching what wakes an epoll set: %w", err)
+	}
+	return s, nil
+}
+
+func (s *epollSet) watch(fd int) error {
+	ev := syscall.EpollEvent{Events: syscall.EPOLLIN | syscall.EPOLLOUT | syscall.EPOLLRDHUP | edgeTriggered, Fd: int32(fd)}
+	return syscall.EpollCtl(s.epfd, syscall.EPOLL_CTL_ADD, fd, &ev)
+}
+
+// wake's every write is an event of its own to an edge-triggered set, so that nothing
+// has to be read.
+func (s *epollSet) wake() {
+	one := uint64(1)
+	syscall.RawSyscall(syscall.SYS_WRITE, uintptr(s.bell), uintptr(unsafe.Pointer(&one)), 8)
+}
+
+func (s *epollSet) wait(told []syscall.EpollEvent, may, crowd bool) (int, error) {
+	s.told, s.n, s.err = told, 0, nil
+	switch {
+	case !may:
+		s.take(0)
+	case crowd && s.nest():
+		s.raw.Read(s.take)
+	default:
+		s.unnest()
+		s.n, s.err = syscall.EpollWait(s.epfd, told, -1)
+	}
+	return max(s.n, 0), s.err
+}
+
+// nest puts the set into Go's own poller, and reports whether it is there.
+func (s *epollSet) nest() bool {
+	if s.nested != nil {
+		return true
+	}
+	fd, err := duplicate(s.epfd)
+	if err != nil {
+		return false
+	}
+	syscall.SetNonblock(fd, true) // what os.NewFile takes for a file to poll
+	s.nested = os.NewFile(uintptr(fd), "epoll set")
+	if s.raw, err = s.nested.SyscallConn(); err == nil {
+		err = s.nested.SetReadDeadline(time.Time{}) // fails if Go's poller does not take it
+	}
+	if err != nil {
+		s.unnest()
+	}
+	return err == nil
+}
+
+func (s *epollSet) unnest() {
+	if s.nested != nil {
+		s.nested.Close()
+		s.nested = nil
+	}
+}
+
+func (s *epollSet) stop() {
+	s.unnest()
+	closeSocket(s.bell)
+	closeSocket(s.epfd)
+}
+
+// limitUnsent fails on an old kernel, whose binaries are the slower ones.
+func (s *epollSet) limitUnsent(fd int) {
+	syscall.SetsockoptInt(fd, syscall.IPPROTO_TCP, tcpNotSentLowAt, mostUnsent)
+}
+
+func (s *epollSet) recv(fd int, p []byte) (int, error)      { return recv(fd, p) }
+func (s *epollSet) send(fd int, bufs [][]byte) (int, error) { return send(fd, bufs) }
+func (s *epollSet) close(fd int)                            { closeSocket(fd) }
+
+func (s *epollSet) shutdown(fd, how int) {
+	syscall.RawSyscall(syscall.SYS_SHUTDOWN, uintptr(fd), uintptr(how), 0)
+}
 
 // ---- system calls ----
 
@@ -424,34 +506,6 @@ func call(trap uintptr, fd int, p unsafe.Pointer, n, flags int) (int, error) {
 		return 0, errno
 	}
 	return int(r), nil
-}
-
-// epollWait takes the events that are there, and waits for the first of them if it may.
-func epollWait(epfd int, events []syscall.EpollEvent, wait bool) (int, error) {
-	if wait {
-		return syscall.EpollWait(epfd, events, -1)
-	}
-	return call(syscall.SYS_EPOLL_PWAIT, epfd, unsafe.Pointer(unsafe.SliceData(events)), len(events), 0)
-}
-
-// newBell puts an eventfd into an epoll set. Each ring is an event of its own to an
-// edge-triggered set, so that nothing has to be read.
-func newBell(epfd int) (int, error) {
-	fd, _, errno := syscall.RawSyscall(syscall.SYS_EVENTFD2, 0, syscall.O_NONBLOCK|syscall.O_CLOEXEC, 0)
-	if errno != 0 {
-		return -1, errno
-	}
-	bell := int(fd)
-	err := syscall.EpollCtl(epfd, syscall.EPOLL_CTL_ADD, bell, &syscall.EpollEvent{Events: syscall.EPOLLIN | edgeTriggered, Fd: int32(bell)})
-	if err != nil {
-		closeSocket(bell)
-	}
-	return bell, err
-}
-
-func ring(bell int) {
-	one := uint64(1)
-	syscall.RawSyscall(syscall.SYS_WRITE, uintptr(bell), uintptr(unsafe.Pointer(&one)), 8)
 }
 
 // acceptSocket takes the next connection of a listening socket.

@@ -202,7 +202,7 @@ func (g *registry) install(w *writeBatch, srv *server, b *session) {
 	b.log("connected", "addr", b.addr)
 	var closing []*session
 	b.mu.Lock()
-	for _, ph := range srv.phones {
+	for _, ph := range srv.inOrder() {
 		if old == nil && ph.graceQueue != nil {
 			b.queued += uint64(ph.graceQueue.n)
 			b.txFrames += ph.graceQueue.frames
@@ -298,6 +298,11 @@ func (g *registry) expire(w *writeBatch, now int64) {
 	}
 }
 
+// inOrder is the phones in one order, so that a run can be done again, mu held.
+func (srv *server) inOrder() []*session {
+	return slices.SortedFunc(maps.Values(srv.phones), func(a, b *session) int { return strings.Compare(a.id, b.id) })
+}
+
 // forget takes a server-id that nobody holds out of the registry, and closes its
 // phones. The caller holds srv.mu, and has it no longer afterwards.
 func (g *registry) forget(w *writeBatch, srv *server) {
@@ -306,7 +311,7 @@ func (g *registry) forget(w *writeBatch, srv *server) {
 	if !srv.probe {
 		g.recent.note(srv.id, srv.freed)
 	}
-	closing := slices.Collect(maps.Values(srv.phones))
+	closing := srv.inOrder()
 	for _, ph := range closing {
 		g.remove(srv, ph)
 	}

@@ -70,6 +70,25 @@ type relay struct {
 
 // newRelay starts a relay, which serves until drain.
 func newRelay(o options, id identity, build buildVersion, instance *instanceState, probes *probeKeys, log *slog.Logger) (*relay, error) {
+	r := makeRelay(o, id, build, instance, probes, log)
+	// One loop moves a million small frames a second; the other half of the
+	// processors is for the kernel's side of the network and the handshakes.
+	for range max(1, runtime.GOMAXPROCS(0)/2) {
+		l, err := newPoller(r)
+		if err != nil {
+			for _, l := range r.loops {
+				l.stop()
+			}
+			return nil, fmt.Errorf("starting the relay: %w", err)
+		}
+		r.loops = append(r.loops, l)
+	}
+	go r.sweep()
+	return r, nil
+}
+
+// makeRelay makes a relay in which nothing runs yet.
+func makeRelay(o options, id identity, build buildVersion, instance *instanceState, probes *probeKeys, log *slog.Logger) *relay {
 	r := &relay{
 		o: o, id: id, build: build, log: log, instance: instance, probes: probes,
 		rates:    newRates(o, time.Now),
@@ -86,20 +105,7 @@ func newRelay(o options, id identity, build buildVersion, instance *instanceStat
 	r.registry.relay = r
 	r.metrics = newMetrics(id, build, instance, r.buffers.budget)
 	r.fallback = newGoPoller(r)
-	// One loop moves a million small frames a second; the other half of the
-	// processors is for the kernel's side of the network and the handshakes.
-	for range max(1, runtime.GOMAXPROCS(0)/2) {
-		l, err := newPoller(r)
-		if err != nil {
-			for _, l := range r.loops {
-				l.stop()
-			}
-			return nil, fmt.Errorf("starting the relay: %w", err)
-		}
-		r.loops = append(r.loops, l)
-	}
-	go r.sweep()
-	return r, nil
+	return r
 }
 
 func (r *relay) newBatch() *writeBatch { return &writeBatch{relay: r, now: r.now()} }
@@ -225,7 +231,7 @@ func (r *relay) serve(w http.ResponseWriter, q *http.Request, role role) {
 		r.leave(role)
 		return
 	}
-	r.begin(from, nc, first, answer)
+	r.begin(newSession(r, from, newConnID()), from, nc, first, answer)
 }
 
 // gates are what stands before an upgrade, in the contract's order. A request that
@@ -469,11 +475,10 @@ func newConnID() string {
 	return base64.RawURLEncoding.EncodeToString(b[:])
 }
 
-// begin makes a session of an upgraded connection: a poller takes it over, the
+// begin takes an upgraded connection into its session: a poller takes it over, the
 // registry takes it in, and then the 101 goes out, with what is queued behind it
 // by now, and reading starts. first is what came behind the request.
-func (r *relay) begin(from caller, nc net.Conn, first, answer []byte) {
-	s := newSession(r, from, newConnID())
+func (r *relay) begin(s *session, from caller, nc net.Conn, first, answer []byte) {
 	if err := r.loop(from.serverID).bind(&s.conn, nc); err != nil { // the peer left just now
 		r.countUpgrade(from, upgradeFailed)
 		r.log.Error("taking over a connection failed", "leg", from.role, "error", err)
