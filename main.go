@@ -87,16 +87,11 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 	defer signal.Stop(signals)
 
 	id, build, state := newIdentity(time.Now().Add(o.checkPace.skew)), readBuildVersion(), new(instanceState)
-	lock, err := holdInstance(o, log, state, lockInfo{
-		Program: programName, PID: os.Getpid(), Version: build.version, Instance: id.id,
-		Listen: o.listen, Admin: cmp.Or(o.admin, "off"), Started: id.started,
-	})
+	lock, err := holdInstance(o, log, state, newLockInfo(id, build.version, o.listen, cmp.Or(o.admin, "off")))
 	if err != nil {
 		return exitRefused, err
 	}
-	if lock != nil {
-		defer lock.Close()
-	}
+	defer lock.Close()
 	allowed, from := memoryAllowed("")
 	warnFiles(o, fileLimit(), log)
 	warnMemory(o, allowed, from, log)
@@ -122,9 +117,7 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 		return exitFailed, err
 	}
 	r.metrics.logLost = &w.lost
-	if lock != nil {
-		lock.serving(r, addr, adminAddr)
-	}
+	lock.serving(r, addr, adminAddr)
 	failed := make(chan error, 2)
 	doors := map[net.Listener]*http.Server{public: serveHTTP(public, r, r, failed)}
 	if admin != nil {
@@ -133,9 +126,9 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 		doors[admin] = serveHTTP(admin, mux, r, failed)
 	}
 	log.Info("listening", "addr", addr, "admin", adminAddr, "version", build.version, "instance", id.id)
-	if lock != nil && !o.bypass {
+	if !o.bypass {
 		log.Info("this is the only relay on this host; next: put a TLS proxy in front, and try it with: "+
-			programName+" probe ws://"+addr, "lock", o.instanceLock)
+			programName+" probe ws://"+addr, "lock", strings.Join(o.instanceLock, ","))
 	}
 
 	check := newPublicCheck(o, r)
@@ -161,17 +154,17 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 	return code, nil
 }
 
-// holdInstance takes the instance lock. With the bypass it takes it where it is
-// free, so that others still see this relay, and warns instead of refusing.
+// holdInstance takes the instance lock. With the bypass it takes what is free of it,
+// so that others still see this relay, and warns instead of refusing.
 func holdInstance(o options, log *slog.Logger, state *instanceState, info lockInfo) (*instanceLock, error) {
-	lock, err := lockInstance(o.instanceLock, info)
+	lock, err := lockInstance(o.instanceLock, info, o.bypass)
 	if !o.bypass {
 		return lock, err
 	}
 	state.bypassed.Store(true)
 	found := "no other relay on this host"
 	if held := (*heldError)(nil); errors.As(err, &held) && held.holder != nil {
-		found = fmt.Sprintf("another relay on this host: pid %d, listening on %s", held.holder.PID, held.holder.Listen)
+		found = fmt.Sprintf("another relay %s: pid %d, listening on %s", held.where(), held.holder.PID, held.holder.Listen)
 	} else if err != nil {
 		found = err.Error()
 	}

@@ -254,8 +254,9 @@ var flagCases = []struct {
 		"||8080|127.0.0.1|127.0.0.1:http|127.0.0.1:65536|127.0.0.1:-1|127.0.0.1:+1|off", "127.0.0.1:8080"},
 	{"admin", "127.0.0.1:8081", "off", "localhost:1", func(o options) any { return o.admin }, "", "|8081|no|127.0.0.1:x", "or off"},
 	{"admin-any", "false", "true", "false", func(o options) any { return o.adminAny }, true, "||yes|2", "true or false"},
-	{"instance-lock", "127.0.0.1:24404", "[::1]:24404", "127.0.0.2:1", func(o options) any { return o.instanceLock }, "[::1]:24404",
-		"||127.0.0.1:0|localhost:24404|0.0.0.0:24404|192.0.2.1:24404|[::]:24404|:24404|127.0.0.1|off",
+	{"instance-lock", "127.0.0.1:24404", "/run/b//lock, /a,127.0.0.1:1,[::ffff:127.0.0.1]:1,/run/b/lock,[0::1]:24404", "127.0.0.2:1",
+		func(o options) any { return strings.Join(o.instanceLock, " ") }, "[::1]:24404 127.0.0.1:1 /run/b/lock /a",
+		"||,|127.0.0.1:1,|/|run/lock|./lock|/a,b/c|127.0.0.1:0|localhost:24404|0.0.0.0:24404|192.0.2.1:24404|[::]:24404|:24404|127.0.0.1|off",
 		"a loopback address and a fixed port, such as 127.0.0.1:24404"},
 	{"public-url", "", "wss://relay.example.com", "ws://127.0.0.1:8080/", func(o options) any { return o.publicURL.String() },
 		"wss://relay.example.com", "|relay.example.com|https://relay.example.com|wss://|wss://u@relay.example.com|" +

@@ -11,6 +11,7 @@ import (
 	"net"
 	"net/netip"
 	"net/url"
+	"path"
 	"regexp"
 	"slices"
 	"strconv"
@@ -26,7 +27,7 @@ type options struct {
 	listen       string
 	admin        string // "" is off
 	adminAny     bool
-	instanceLock string
+	instanceLock []string // in the order in which they are taken
 	publicURL    *url.URL // nil: the public name is not checked
 
 	grace time.Duration
@@ -78,8 +79,8 @@ func (o *options) flags() *flag.FlagSet {
 	add(fs, "admin", &o.admin, "127.0.0.1:8081", parseAdmin,
 		"`address` of /metrics, loopback only unless -admin-any; \"off\" or an empty value turns it off")
 	add(fs, "admin-any", &o.adminAny, false, parseTruth, "let -admin be any address: whoever reaches it reads the metrics")
-	add(fs, "instance-lock", &o.instanceLock, "127.0.0.1:24404", parseLock,
-		"loopback `address` whose bind proves that this is the only relay on this host")
+	add(fs, "instance-lock", &o.instanceLock, "127.0.0.1:24404", parseLocks,
+		"loopback `addresses` to bind and files to lock, which no other relay on this host, or that sees the file, can have as well")
 	add(fs, "public-url", &o.publicURL, "", parsePublicURL,
 		"the relay's own public `URL`, as wss://relay.example.com: it then checks from outside who answers there")
 	add(fs, "grace", &o.grace, 30*time.Second, duration(0, time.Hour), "`duration` for which a claim outlives its binary's connection")
@@ -371,14 +372,28 @@ func parseAdmin(s string) (string, error) {
 	return s, nil
 }
 
-// parseLock takes no host name, since one name can stand for two addresses, and no
-// port 0, since that would be another port for every relay.
-func parseLock(s string) (string, error) {
-	a, err := netip.ParseAddrPort(s)
-	if err != nil || !a.Addr().IsLoopback() || a.Port() == 0 {
-		return "", errors.New("want a loopback address and a fixed port, such as 127.0.0.1:24404, the same for every relay on this host")
+// parseLocks takes no host name, since one name can stand for two addresses, and no
+// port 0, since that would be another port for every relay. All relays take their
+// locks in one order, so that of some that start at once one gets all: ports first,
+// because their holders say more than files do.
+func parseLocks(s string) (all []string, err error) {
+	for part := range strings.SplitSeq(s, ",") {
+		part = strings.TrimSpace(part)
+		a, err := netip.ParseAddrPort(part)
+		switch {
+		case err == nil && a.Addr().IsLoopback() && a.Port() != 0:
+			part = netip.AddrPortFrom(a.Addr().Unmap(), a.Port()).String()
+		case path.IsAbs(part) && path.Clean(part) != "/" && flock != nil:
+			part = path.Clean(part)
+		default:
+			return nil, fmt.Errorf("want a loopback address and a fixed port, such as 127.0.0.1:24404, "+
+				"or (not on Windows) a whole path, such as /run/lock/pyrycode-relay.lock, or several with commas between, "+
+				"the same for every relay: %q is neither", part)
+		}
+		all = append(all, part)
 	}
-	return s, nil
+	slices.SortFunc(all, func(a, b string) int { return cmp.Compare(b, a) })
+	return slices.Compact(all), nil
 }
 
 func parsePublicURL(s string) (*url.URL, error) {

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"cmp"
 	"context"
 	"crypto/rand"
@@ -13,6 +14,7 @@ import (
 	mrand "math/rand/v2"
 	"net"
 	"net/http"
+	"os"
 	"runtime"
 	"slices"
 	"strconv"
@@ -174,27 +176,32 @@ func (p *probeKeys) withdraw(nonce string) (used bool) {
 
 // ---- the instance lock ----
 
-// The first guard against a second relay: one port on this host that only one
-// process can bind. The kernel makes that atomic, whatever the user, the working
-// directory or a stale file says, and gives the port back when its holder dies,
-// however it dies.
+// The first guard against a second relay: ports of this host that only one process can
+// bind, and files, for those who share neither this host's network nor this host, that
+// only one can lock. The kernel makes either atomic, whatever the user, the working
+// directory or a stale file says, and gives it back when its holder dies, however it dies.
 
 const (
 	// lockAnswerTime bounds one conversation with the holder. A holder under
 	// load answers within milliseconds.
 	lockAnswerTime = 2 * time.Second
 	// lockAttempts: a holder that vanishes between our bind and our question has
-	// just died, and the port is free by now.
+	// just died, and the port is free by now. A file's holder has a moment, too,
+	// to write who it is in place of the last one.
 	lockAttempts = 5
+	lockPause    = 50 * time.Millisecond
 	// maxLockAnswer is far more than a holder says.
 	maxLockAnswer = 4 << 10
 	// maxPID is the largest that any system gives: Linux stops at 1<<22.
 	maxPID = 1<<31 - 1
 )
 
-// lockInfo is what the holder of the lock says of itself, as one JSON line.
+// lockInfo is what the holder of the lock says of itself, as one JSON line. In a file
+// it is of the start.
 type lockInfo struct {
 	Program  string    `json:"program"`
+	Host     string    `json:"host"`          // in a container usually its id; "" of older versions
+	PIDSpace string    `json:"pid_namespace"` // "" where a host has but one
 	PID      int       `json:"pid"`
 	Version  string    `json:"version"`
 	Instance string    `json:"instance"`
@@ -206,6 +213,21 @@ type lockInfo struct {
 	Draining bool      `json:"draining"`
 }
 
+// newLockInfo is this process.
+func newLockInfo(id identity, version, listen, admin string) lockInfo {
+	h := lockInfo{Program: programName, PID: os.Getpid(), Version: version, Instance: id.id, Listen: listen, Admin: admin, Started: id.started}
+	h.Host, _ = os.Hostname()
+	boot, _ := os.ReadFile("/proc/sys/kernel/random/boot_id") // random(4); hosts can share a name
+	pids, _ := os.Readlink("/proc/self/ns/pid")               // namespaces(7)
+	h.PIDSpace = strings.TrimSpace(strings.TrimSpace(string(boot)) + " " + pids)
+	return h
+}
+
+// beside reports whether the pid means the same process to other.
+func (h *lockInfo) beside(other lockInfo) bool {
+	return h.Host == "" || h.Host == other.Host && h.PIDSpace == other.PIDSpace
+}
+
 // up is how long the relay has run.
 func (h *lockInfo) up(now time.Time) time.Duration {
 	if h.Uptime > 0 {
@@ -215,29 +237,32 @@ func (h *lockInfo) up(now time.Time) time.Duration {
 }
 
 // credible reports whether a relay can have said that of itself. The refusal tells
-// a person to kill its pid, so what does not make sense is not repeated as fact.
-func (h *lockInfo) credible(now time.Time) bool {
+// a person to kill its pid, so what does not make sense is not repeated as fact. Where
+// me has no such pid, it may be 1, as in most containers.
+func (h *lockInfo) credible(now time.Time, me lockInfo) bool {
 	const longest = 100 * 365 * 24 * time.Hour
-	for _, s := range [...]string{h.Version, h.Instance, h.Listen, h.Admin} {
+	for _, s := range [...]string{h.Host, h.PIDSpace, h.Version, h.Instance, h.Listen, h.Admin} {
 		if len(s) > maxQuoted || plain(s) != s {
 			return false
 		}
 	}
 	up := h.up(now)
-	return h.Program == programName && h.PID > 1 && h.PID <= maxPID && h.Servers >= 0 &&
+	return h.Program == programName && (h.PID > 1 || h.PID == 1 && !h.beside(me)) && h.PID <= maxPID && h.Servers >= 0 &&
 		h.Uptime <= int64(longest/time.Second) && up >= 0 && up < longest
 }
 
-// instanceLock is the lock while it is ours.
+// instanceLock is what is ours of the -instance-lock.
 type instanceLock struct {
-	ln   net.Listener
-	wg   sync.WaitGroup // the accept loop
-	info atomic.Pointer[func() lockInfo]
+	ports []net.Listener
+	files []*os.File
+	wg    sync.WaitGroup // the accept loops
+	info  atomic.Pointer[func() lockInfo]
 }
 
-// heldError tells what holds the lock in this relay's place.
+// heldError tells what holds a lock in this relay's place.
 type heldError struct {
-	addr    string
+	at      string // the address or path
+	me      lockInfo
 	holder  *lockInfo // nil: not a relay, or not one that says so
 	heard   string    // what it did instead, for a person
 	perhaps string    // not empty: how it may be a relay all the same
@@ -246,58 +271,110 @@ type heldError struct {
 func (e *heldError) Error() string {
 	switch {
 	case e.perhaps != "":
-		_, port, _ := net.SplitHostPort(e.addr)
 		return fmt.Sprintf("%s, the -instance-lock, is held by something that may be %s (%s): find its pid, as root, with: %s; "+
 			"then let it go on (kill -CONT, or unpause the container) or end it: a second relay has a registry of its own, and "+lostPhone,
-			e.addr, e.perhaps, e.heard, listenerCommand(port))
+			e.at, e.perhaps, e.heard, holderCommand(e.at))
 	case e.holder == nil:
 		return fmt.Sprintf("%s, the -instance-lock, is held by something that does not answer as a relay does (%s): "+
-			"stop it, or choose another loopback port with -instance-lock, the same for every relay on this host", e.addr, e.heard)
+			"stop it, or choose another loopback port with -instance-lock, the same for every relay on this host", e.at, e.heard)
 	}
 	h := e.holder
-	state := ""
-	if h.Draining {
-		state = ", shutting down just now"
+	state, stop := fmt.Sprintf(", binaries connected: %d", h.Servers), fmt.Sprintf("stop the first (kill %d)", h.PID)
+	if isFile(e.at) {
+		state = "" // it is not known
 	}
-	return fmt.Sprintf("multi-instance deploy detected: %s %q already runs on this host (pid %d, listening on %q, up %v, "+
-		"binaries connected: %d%s) and holds %s; a second relay has a registry of its own, and "+lostPhone+": "+
-		"stop the first (kill %[3]d), or, for an emergency or a migration only, set %[9]s=1",
-		programName, h.Version, h.PID, h.Listen, h.up(time.Now()).Round(time.Second), h.Servers, state, e.addr, bypassName)
+	if h.Draining {
+		state += ", shutting down just now"
+	}
+	if !h.beside(e.me) {
+		stop = "stop the first where it runs (that pid is nobody's here; if the name is a container's id, docker or podman stop has it)"
+	}
+	return fmt.Sprintf("multi-instance deploy detected: %s %q already runs %s (pid %d, listening on %q, up %v%s) and holds %s; "+
+		"a second relay has a registry of its own, and "+lostPhone+": %s, or, for an emergency or a migration only, set %s=1",
+		programName, h.Version, e.where(), h.PID, h.Listen, h.up(time.Now()).Round(time.Second), state, e.at, stop, bypassName)
 }
 
-// listenerCommand is a command that shows what listens on a port of this host.
-func listenerCommand(port string) string {
-	if runtime.GOOS == "linux" {
+// where the holder runs.
+func (e *heldError) where() string {
+	if e.holder.beside(e.me) {
+		return "on this host"
+	}
+	return fmt.Sprintf("on another host or in another container, %q", e.holder.Host)
+}
+
+// isFile tells the two kinds of locks apart.
+func isFile(at string) bool { return strings.HasPrefix(at, "/") }
+
+// holderCommand is a command that shows what has a lock of this host.
+func holderCommand(at string) string {
+	_, port, _ := net.SplitHostPort(at)
+	switch {
+	case isFile(at):
+		return "fuser " + at
+	case runtime.GOOS == "linux":
 		return "ss -ltnp 'sport = :" + port + "'"
 	}
 	return "lsof -nP -iTCP:" + port + " -sTCP:LISTEN"
 }
 
-// lockInstance binds addr and answers there with info until Close. A *heldError
-// tells what was first.
-func lockInstance(addr string, info lockInfo) (*instanceLock, error) {
+// hear takes what was said for a relay's, if one can have said it.
+func (e *heldError) hear(said []byte) {
+	var h lockInfo
+	relay := json.NewDecoder(bytes.NewReader(said)).Decode(&h) == nil && h.Program == programName
+	if relay && h.credible(time.Now(), e.me) {
+		e.holder = &h
+		return
+	}
+	e.heard = "it says " + quote(strings.TrimSpace(string(said)))
+	if relay || isFile(e.at) { // such as pid 1, in a container that shares this host's network
+		e.perhaps = "a relay in a container, or one of another version"
+	}
+}
+
+// lockInstance takes all locks, and answers there with info until Close, or none of
+// them, unless whatIsFree. A *heldError tells what was first.
+func lockInstance(locks []string, info lockInfo, whatIsFree bool) (*instanceLock, error) {
+	l := new(instanceLock)
+	l.describe(func() lockInfo { return info })
+	var first error
+	for _, at := range locks {
+		take := l.bind
+		if isFile(at) {
+			take = l.lockFile
+		}
+		if err := take(at, info); err != nil && !whatIsFree {
+			l.Close()
+			return nil, err
+		} else if first == nil {
+			first = err
+		}
+	}
+	return l, first
+}
+
+// bind takes a port.
+func (l *instanceLock) bind(addr string, me lockInfo) error {
 	for tries := 1; ; tries++ {
 		ln, err := net.Listen("tcp", addr)
 		if err == nil {
-			l := &instanceLock{ln: ln}
-			l.describe(func() lockInfo { return info })
-			l.wg.Go(l.serve)
-			return l, nil
+			l.ports = append(l.ports, ln)
+			l.wg.Go(func() { l.serve(ln) })
+			return nil
 		}
 		if !errors.Is(err, syscall.EADDRINUSE) {
-			return nil, fmt.Errorf("binding %s, the -instance-lock, which proves that this is the only relay on this host: %w", addr, err)
+			return fmt.Errorf("binding %s, the -instance-lock, which proves that this is the only relay on this host: %w", addr, err)
 		}
-		held, gone := askHolder(addr)
+		held, gone := askHolder(addr, me)
 		if !gone || tries == lockAttempts {
-			return nil, held
+			return held
 		}
-		time.Sleep(50 * time.Millisecond)
+		time.Sleep(lockPause)
 	}
 }
 
 // askHolder asks the holder of addr what it is. gone: it has let go, as it seems.
-func askHolder(addr string) (held *heldError, gone bool) {
-	held = &heldError{addr: addr}
+func askHolder(addr string, me lockInfo) (held *heldError, gone bool) {
+	held = &heldError{at: addr, me: me}
 	var b []byte
 	nc, err := net.DialTimeout("tcp", addr, lockAnswerTime)
 	if err == nil {
@@ -305,16 +382,9 @@ func askHolder(addr string) (held *heldError, gone bool) {
 		nc.SetDeadline(time.Now().Add(lockAnswerTime))
 		b, err = io.ReadAll(io.LimitReader(nc, maxLockAnswer))
 	}
-	var info lockInfo
-	said := json.Unmarshal(b, &info) == nil && info.Program == programName
 	switch {
-	case said && info.credible(time.Now()):
-		held.holder = &info
 	case len(b) > 0:
-		held.heard = "it says " + quote(strings.TrimSpace(string(b)))
-		if said { // such as pid 1, in a container that shares this host's network
-			held.perhaps = "a relay in a container, or one of another version"
-		}
+		held.hear(b)
 	case err == nil:
 		held.heard = "it closes the connection"
 	case errors.Is(err, syscall.ECONNREFUSED):
@@ -330,6 +400,60 @@ func askHolder(addr string) (held *heldError, gone bool) {
 	return held, false
 }
 
+// flock is nil where a system has no such locks. syscall.EWOULDBLOCK: somebody has it.
+var (
+	flock     func(*os.File) error
+	lockFlags int // of the open: follow no link, wait for nothing
+)
+
+// lockFile takes a file. Nobody removes it: another may have it open by then.
+func (l *instanceLock) lockFile(path string, me lockInfo) error {
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|lockFlags, 0o600)
+	refuse := func(why error, remedy string) error {
+		f.Close()
+		if e, ok := errors.AsType[*os.PathError](why); ok {
+			why = e.Err
+		}
+		return fmt.Errorf("locking %s, the -instance-lock, which proves that no other relay sees that file: %w: %s", path, why, remedy)
+	}
+	at, _ := os.Lstat(path) // may be why that failed
+	if err == nil {
+		at, err = f.Stat()
+	}
+	switch {
+	case at != nil && (!at.Mode().IsRegular() || at.Mode().Perm()&0o022 != 0):
+		return refuse(fmt.Errorf("it is %v", at.Mode()), "want a file that only its owner can write, and no link to one: "+
+			"name one that isn't there yet, or chmod 600 it")
+	case err != nil:
+		return refuse(err, "its directory has to be there, and this user to be allowed to write to the file: "+
+			"create, chown or mount it so (under systemd: ReadWritePaths=), unless another user's relay has it")
+	}
+	err = flock(f)
+	for tries := 1; err != nil && tries < lockAttempts; tries++ {
+		time.Sleep(lockPause)
+		err = flock(f)
+	}
+	said, readErr := io.ReadAll(io.LimitReader(f, maxLockAnswer))
+	held := &heldError{at: path, me: me}
+	held.hear(said)
+	switch {
+	case errors.Is(err, syscall.EWOULDBLOCK) && held.holder != nil && held.holder.Instance == me.Instance:
+		return refuse(errors.New("this relay has it already, by another path"), "name it once")
+	case errors.Is(err, syscall.EWOULDBLOCK):
+		f.Close()
+		return held
+	case err != nil:
+		return refuse(err, "this file system has no locks: choose a file on one that has, such as /run/lock")
+	case len(bytes.Trim(said, "\x00")) > 0 && !bytes.HasPrefix(said, []byte(`{"program":"`+programName+`"`)): // NULs: a power cut
+		return refuse(errors.New(held.heard), "no relay wrote that, and this one would overwrite it: choose another file")
+	}
+	if err = cmp.Or(readErr, l.write(f)); err != nil {
+		return refuse(err, "make room, or choose another file")
+	}
+	l.files = append(l.files, f)
+	return nil
+}
+
 // describe has the lock answer with what info returns.
 func (l *instanceLock) describe(info func() lockInfo) { l.info.Store(&info) }
 
@@ -343,18 +467,36 @@ func (l *instanceLock) serving(r *relay, listen, admin string) {
 		now.Servers, now.Draining = r.metrics.connectedBinaries.Load(), r.draining.Load()
 		return now
 	})
+	for _, f := range l.files {
+		l.write(f)
+	}
+}
+
+// write says in a file what the ports answer. The new line is there before the end of a
+// longer old one is cut off, and readers take the first.
+func (l *instanceLock) write(f *os.File) error {
+	info := (*l.info.Load())()
+	info.Uptime = 0 // who reads it later has the start
+	line, err := json.Marshal(info)
+	if err == nil {
+		_, err = f.WriteAt(append(line, '\n'), 0)
+	}
+	if err != nil {
+		return err
+	}
+	return f.Truncate(int64(len(line)) + 1)
 }
 
 // serve answers until Close. The line fits in a new socket's buffer, so that an asker
 // that doesn't read holds up nobody.
-func (l *instanceLock) serve() {
+func (l *instanceLock) serve(ln net.Listener) {
 	for {
-		nc, err := l.ln.Accept()
+		nc, err := ln.Accept()
 		if errors.Is(err, net.ErrClosed) {
 			return
 		}
 		if err != nil { // out of descriptors: askers wait meanwhile
-			time.Sleep(50 * time.Millisecond)
+			time.Sleep(lockPause)
 			continue
 		}
 		nc.SetDeadline(time.Now().Add(lockAnswerTime))
@@ -363,11 +505,15 @@ func (l *instanceLock) serve() {
 	}
 }
 
-// Close gives the lock back.
-func (l *instanceLock) Close() error {
-	err := l.ln.Close()
+// Close gives all back.
+func (l *instanceLock) Close() {
+	for _, ln := range l.ports {
+		ln.Close()
+	}
+	for _, f := range l.files {
+		f.Close()
+	}
 	l.wg.Wait()
-	return err
 }
 
 // checkPlatform refuses to start where scaling out is one command and nothing

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -14,6 +15,7 @@ import (
 	"net/url"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
@@ -46,7 +48,7 @@ func lockOf(p *program) string {
 
 // holderOf is what the holder of a program's lock says of itself, nil for nothing.
 func holderOf(p *program) *lockInfo {
-	held, gone := askHolder(lockOf(p))
+	held, gone := askHolder(lockOf(p), lockInfo{})
 	if gone {
 		return nil
 	}
@@ -161,13 +163,23 @@ func TestLockHolderLineThatMakesNoSense(t *testing.T) {
 		Program: programName, PID: 4242, Version: "v1", Instance: "0123456789abcdef",
 		Listen: "127.0.0.1:8080", Admin: "off", Started: time.Now().Add(-time.Hour),
 	}
-	ahead := good // its clock was wrong when it started
-	ahead.Started, ahead.Uptime = time.Now().Add(72*time.Hour), 60
-	for _, h := range []lockInfo{good, ahead} {
-		line, _ := json.Marshal(h)
-		_, err := lockInstance(serveRaw(t, nil, saying(string(line))), lockInfo{})
-		if !isHeldBy(err, 4242) || !strings.Contains(err.Error(), "kill 4242") {
-			t.Fatalf("a good line: %v", err)
+	me := lockInfo{Host: "here", PIDSpace: "boot pid:[1]"}
+	ahead, beside, moved, boxed, far := good, good, good, good, good
+	ahead.Started, ahead.Uptime = time.Now().Add(72*time.Hour), 60 // its clock was wrong when it started
+	beside.Host, beside.PIDSpace = me.Host, me.PIDSpace
+	moved.Host, moved.PIDSpace = "renamed since", me.PIDSpace
+	boxed.Host, boxed.PIDSpace, boxed.PID = me.Host, "boot pid:[2]", 1
+	far.Host, far.PIDSpace = "5f2b7c", "another pid:[1]"
+	for _, h := range []lockInfo{good, ahead, beside, moved, boxed, far} {
+		for kind, hold := range holders {
+			here := h.PIDSpace == "" || h.Host == me.Host && h.PIDSpace == me.PIDSpace
+			line, _ := json.Marshal(h)
+			_, err := lockInstance([]string{hold(t, string(line))}, me, false)
+			if !isHeldBy(err, h.PID) || strings.Contains(err.Error(), "kill ") != here ||
+				strings.Contains(err.Error(), fmt.Sprintf("on another host or in another container, %q (pid", h.Host)) == here ||
+				strings.Contains(err.Error(), "binaries connected: 0") != (kind == "port") {
+				t.Errorf("a good line of a %s: %v", kind, err)
+			}
 		}
 	}
 	for name, change := range map[string]func(*lockInfo){
@@ -181,6 +193,9 @@ func TestLockHolderLineThatMakesNoSense(t *testing.T) {
 		"a negative uptime":   func(h *lockInfo) { h.Uptime, h.Started = -5, time.Now().Add(time.Hour) },
 		"an endless uptime":   func(h *lockInfo) { h.Uptime = 1 << 62 },
 		"fewer than none":     func(h *lockInfo) { h.Servers = -1 },
+		"a host's escapes":    func(h *lockInfo) { h.Host = "\x1b]0;owned\a" },
+		"a namespace's break": func(h *lockInfo) { h.PIDSpace = "x\ny" },
+		"a host too long":     func(h *lockInfo) { h.Host = strings.Repeat("1", 500) },
 		"escape sequences":    func(h *lockInfo) { h.Version = "\x1b]0;owned\a" },
 		"line breaks":         func(h *lockInfo) { h.Listen = "x\nlevel=ERROR msg=y" },
 		"C1 control":          func(h *lockInfo) { h.Admin = "\u009b2J" },
@@ -188,28 +203,48 @@ func TestLockHolderLineThatMakesNoSense(t *testing.T) {
 		"a version too long":  func(h *lockInfo) { h.Version = strings.Repeat("1", 500) },
 		"an address too long": func(h *lockInfo) { h.Listen = strings.Repeat("1", 500) },
 	} {
-		t.Run(name, func(t *testing.T) {
-			t.Parallel()
-			h := good
-			change(&h)
-			line, _ := json.Marshal(h)
-			_, err := lockInstance(serveRaw(t, nil, saying(string(line)+"\n")), lockInfo{})
-			if err == nil {
-				t.Fatal("the lock is free")
-			}
-			text := err.Error()
-			if strings.Contains(text, "multi-instance deploy detected") || strings.Contains(text, fmt.Sprintf("kill %d", h.PID)) ||
-				!strings.Contains(text, "it says \"{") {
-				t.Errorf("it is believed: %s", text)
-			}
-			if i := strings.IndexFunc(text, func(r rune) bool { return !strconv.IsPrint(r) }); i >= 0 || len(text) > 1000 {
-				t.Errorf("raw, or without end: %q", text)
-			}
-			if h.Program == programName && strings.Contains(text, "choose another") {
-				t.Errorf("it advises a second relay beside what may be one: %s", text)
-			}
-		})
+		for kind, hold := range holders {
+			t.Run(name+" "+kind, func(t *testing.T) {
+				t.Parallel()
+				h := good
+				change(&h)
+				line, _ := json.Marshal(h)
+				_, err := lockInstance([]string{hold(t, string(line)+"\n")}, lockInfo{}, false)
+				if err == nil {
+					t.Fatal("the lock is free")
+				}
+				text := err.Error()
+				if strings.Contains(text, "multi-instance deploy detected") || strings.Contains(text, fmt.Sprintf("kill %d", h.PID)) ||
+					!strings.Contains(text, "it says \"{") {
+					t.Errorf("it is believed: %s", text)
+				}
+				if i := strings.IndexFunc(text, func(r rune) bool { return !strconv.IsPrint(r) }); i >= 0 || len(text) > 1000 {
+					t.Errorf("raw, or without end: %q", text)
+				}
+				if (h.Program == programName || kind == "file") && strings.Contains(text, "choose another") {
+					t.Errorf("it advises a second relay beside what may be one: %s", text)
+				}
+			})
+		}
 	}
+}
+
+// holders hold a lock of either kind, and say something there.
+var holders = map[string]func(t testing.TB, text string) (lock string){
+	"port": func(t testing.TB, text string) string { return serveRaw(t, nil, saying(text)) },
+	"file": func(t testing.TB, text string) string {
+		needLockFiles(t)
+		path := filepath.Join(t.TempDir(), "lock")
+		f, err := os.Create(path)
+		if err == nil {
+			_, err = f.WriteString(text)
+		}
+		if err != nil || flock(f) != nil {
+			t.Fatalf("%s: %v", path, err)
+		}
+		t.Cleanup(func() { f.Close() })
+		return path
+	},
 }
 
 // TestLockHeldByStranger: what holds the lock and is no relay is told by what it does.
@@ -241,7 +276,7 @@ func TestLockHeldByStranger(t *testing.T) {
 			}
 			startProgram(t, withLock(lock)).wantRefusal(2, lock+", the -instance-lock, "+
 				"is held by something that does not answer as a relay does "+tt.heard, "choose another loopback port with -instance-lock")
-			if _, err := lockInstance(lock, lockInfo{}); err == nil || strings.Contains(err.Error(), "multi-instance") {
+			if _, err := lockInstance([]string{lock}, lockInfo{}, false); err == nil || strings.Contains(err.Error(), "multi-instance") {
 				t.Errorf("a stranger is taken for a relay: %v", err)
 			}
 			beside := startProgram(t, withLock(lock, bypassName+"=1")).listening()
@@ -308,7 +343,7 @@ func TestLockOfHolderThatGoesIsFree(t *testing.T) {
 			nc.Close()
 		}
 	}()
-	lock, err := lockInstance(addr, lockInfo{})
+	lock, err := lockInstance([]string{addr}, lockInfo{}, false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -374,7 +409,7 @@ func TestLockHolderUnderIdleConnections(t *testing.T) {
 	t.Parallel()
 	addr := freeLock(t)
 	for range 3 {
-		lock, err := lockInstance(addr, lockInfo{Program: programName, PID: 42, Started: time.Now()})
+		lock, err := lockInstance([]string{addr}, lockInfo{Program: programName, PID: 42, Started: time.Now()}, false)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -385,12 +420,10 @@ func TestLockHolderUnderIdleConnections(t *testing.T) {
 			}
 			defer nc.Close()
 		}
-		if _, err := lockInstance(addr, lockInfo{}); !isHeldBy(err, 42) {
+		if _, err := lockInstance([]string{addr}, lockInfo{}, false); !isHeldBy(err, 42) {
 			t.Errorf("behind 100 idle connections the holder says %v", err)
 		}
-		if err := lock.Close(); err != nil {
-			t.Fatal(err)
-		}
+		lock.Close()
 	}
 }
 
@@ -401,9 +434,193 @@ func isHeldBy(err error, pid int) bool {
 
 func TestLockThatCannotBeBound(t *testing.T) {
 	t.Parallel()
-	_, err := lockInstance("192.0.2.1:24404", lockInfo{})
+	_, err := lockInstance([]string{"192.0.2.1:24404"}, lockInfo{}, false)
 	if err == nil || !strings.Contains(err.Error(), "binding 192.0.2.1:24404, the -instance-lock, which proves") {
 		t.Errorf("an address of another host: %v", err)
+	}
+}
+
+// TestLockFile: whoever sees the file sees its holder, as a user of the program does.
+func TestLockFile(t *testing.T) {
+	t.Parallel()
+	needLockFiles(t)
+	path := filepath.Join(t.TempDir(), "relay.lock")
+	both := func() []string { return withLock(freeLock(t) + "," + path) }
+	first := startProgram(t, both()).listening()
+	host, err := os.Hostname()
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := func() (h lockInfo) {
+		t.Helper()
+		b, err := os.ReadFile(path)
+		if err != nil || json.Unmarshal(b, &h) != nil || !bytes.HasSuffix(b, []byte("}\n")) {
+			t.Fatalf("%v, the file has %q", err, b)
+		}
+		return h
+	}
+	if h := line(); h.PID != first.cmd.Process.Pid || h.Host != host || h.Listen != first.addr || h.Admin != first.admin || h.Uptime != 0 {
+		t.Errorf("the file has %+v", h)
+	}
+	if at, err := os.Lstat(path); err != nil || at.Mode() != 0o600 {
+		t.Errorf("the file is %v, %v", at.Mode(), err)
+	}
+	kill := exec.Command("kill", "-STOP", strconv.Itoa(first.cmd.Process.Pid)) // the file answers for a frozen relay
+	if out, err := kill.CombinedOutput(); err != nil {
+		t.Fatal(string(out))
+	}
+	startProgram(t, both()).wantRefusal(2, "multi-instance deploy detected: ", "already runs on this host",
+		fmt.Sprintf("(pid %d, listening on %q, up ", first.cmd.Process.Pid, first.addr), "holds "+path, "a silent 4404",
+		fmt.Sprintf("kill %d", first.cmd.Process.Pid))
+	first.signal(os.Kill)
+	first.exit()
+	second := startProgram(t, both()).listening()
+	beside := startProgram(t, append(both(), bypassName+"=1")).listening()
+	beside.said(fmt.Sprintf("another relay on this host: pid %d, listening on %s", second.cmd.Process.Pid, second.addr))
+	beside.signal(syscall.SIGTERM)
+	beside.exit()
+	second.signal(syscall.SIGTERM)
+	second.exit()
+	if h := line(); h.PID != second.cmd.Process.Pid {
+		t.Errorf("behind two that are gone the file has %+v", h)
+	}
+}
+
+func needLockFiles(t testing.TB) {
+	if flock == nil {
+		t.Skip("no lock files on this system")
+	}
+}
+
+// TestLockFileThatCannotBeTaken: what is wrong, and the remedy; and what was there stays.
+// It is not parallel: it has a file system without locks.
+func TestLockFileThatCannotBeTaken(t *testing.T) {
+	needLockFiles(t)
+	write := func(t *testing.T, path, text string, mode os.FileMode) {
+		if err := cmp.Or(os.WriteFile(path, []byte(text), 0o600), os.Chmod(path, mode)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	const ours = `{"program":"pyrycode-relay"`
+	nowhere := func(t *testing.T, path string) { os.Remove(filepath.Dir(path)) }
+	for _, tt := range []struct {
+		name  string
+		make  func(t *testing.T, path string)
+		words []string // none: it can be taken
+	}{
+		{"no directory", nowhere, []string{"no such file or directory: its directory has to be there"}},
+		{"no right to", func(t *testing.T, path string) {
+			if os.Getuid() == 0 {
+				t.Skip("root may do everything")
+			}
+			os.Chmod(filepath.Dir(path), 0o500)
+		}, []string{"permission denied: its directory", "chown"}},
+		{"a directory", func(t *testing.T, path string) { os.Mkdir(path, 0o700) }, []string{"it is drwx------: want a file"}},
+		{"a link", func(t *testing.T, path string) {
+			write(t, path+".to", ours, 0o600)
+			os.Symlink(path+".to", path)
+		}, []string{"it is Lrwxrwxrwx: want a file", "no link"}},
+		{"a link to nothing", func(t *testing.T, path string) { os.Symlink(path+".to", path) }, []string{"it is Lrwxrwxrwx: want a file"}},
+		{"a pipe", func(t *testing.T, path string) {
+			if out, err := exec.Command("mkfifo", "-m", "600", path).CombinedOutput(); err != nil {
+				t.Skipf("%v: %s", err, out)
+			}
+		}, []string{"it is prw-------: want a file"}},
+		{"anybody's", func(t *testing.T, path string) { write(t, path, ours, 0o666) }, []string{"it is -rw-rw-rw-: want a file", "chmod 600"}},
+		{"something of value", func(t *testing.T, path string) { write(t, path, "root:x:0:0\x1b\n", 0o600) },
+			[]string{`it says "root:x:0:0\x1b": no relay wrote that, and this one would overwrite it: choose another file`}},
+		{"no locks", func(t *testing.T, path string) {
+			was := flock
+			flock = func(f *os.File) error {
+				if f.Name() == path {
+					return syscall.ENOLCK
+				}
+				return was(f)
+			}
+			t.Cleanup(func() { flock = was })
+		}, []string{syscall.ENOLCK.Error() + ": this file system has no locks: choose a file on one that has, such as /run/lock"}},
+		{"what a power cut leaves", func(t *testing.T, path string) { write(t, path, "\x00\x00\x00", 0o600) }, nil},
+		{"an older line", func(t *testing.T, path string) {
+			write(t, path, ours+`,"admin":"`+strings.Repeat("1", 2000)+"\"}\n", 0o644)
+		}, nil},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			path := filepath.Join(t.TempDir(), "relay.lock")
+			tt.make(t, path)
+			read := func() []byte {
+				if at, err := os.Stat(path); err != nil || !at.Mode().IsRegular() {
+					return nil
+				}
+				b, _ := os.ReadFile(path)
+				return b
+			}
+			before, locks := read(), []string{freeLock(t), filepath.Join(t.TempDir(), "free"), path}
+			if len(tt.words) > 0 {
+				wantNoStart(t, withLock(path), nil, append(tt.words, "locking "+path+", the -instance-lock, which proves that")...)
+			}
+			l, err := lockInstance(locks, newLockInfo(newIdentity(time.Now()), "v1", "", ""), false)
+			after := read()
+			if len(tt.words) == 0 {
+				if err != nil || bytes.Count(after, []byte("\n")) != 1 || !json.Valid(after) {
+					t.Fatalf("%v, with %q in it", err, after)
+				}
+				l.Close()
+				return
+			}
+			for _, w := range tt.words {
+				if err == nil || !strings.Contains(err.Error(), w) {
+					t.Errorf("%v, want %s in it", err, w)
+				}
+			}
+			if !bytes.Equal(before, after) {
+				t.Errorf("%q became %q", before, after)
+			}
+			rest, err := lockInstance(locks, lockInfo{}, true) // the others are free again
+			if err == nil || len(rest.ports) != 1 || len(rest.files) != 1 {
+				t.Errorf("%v, and %+v is held", err, rest)
+			}
+			rest.Close()
+		})
+	}
+	path := filepath.Join(t.TempDir(), "relay.lock")
+	if _, err := lockInstance([]string{path, path}, newLockInfo(newIdentity(time.Now()), "", "", ""), false); err == nil ||
+		!strings.Contains(err.Error(), "this relay has it already, by another path: name it once") {
+		t.Errorf("one file, twice: %v", err)
+	}
+}
+
+// TestLocksOfTwoStartsAtOnce: over two locks, whatever their order, never both win and
+// never both lose.
+func TestLocksOfTwoStartsAtOnce(t *testing.T) {
+	t.Parallel()
+	needLockFiles(t)
+	for round := range 100 {
+		dir := t.TempDir()
+		a, b := filepath.Join(dir, "a"), filepath.Join(dir, "b")
+		if round%2 == 0 {
+			a = freeLock(t)
+		}
+		var wg sync.WaitGroup
+		var locks [2]*instanceLock
+		var errs [2]error
+		for i, list := range [2]string{a + "," + b, b + " , " + a} {
+			wg.Go(func() {
+				order, err := parseLocks(list)
+				if err != nil {
+					t.Error(err)
+				}
+				locks[i], errs[i] = lockInstance(order, lockInfo{Program: programName, Instance: list, PID: 40 + i, Started: time.Now()}, false)
+			})
+		}
+		wg.Wait()
+		loser := 0
+		if errs[0] == nil {
+			loser = 1
+		}
+		if !isHeldBy(errs[loser], 41-loser) || errs[1-loser] != nil {
+			t.Fatalf("round %d: %v and %v", round, errs[0], errs[1])
+		}
+		locks[1-loser].Close()
 	}
 }
 
