@@ -1097,7 +1097,7 @@ func TestMetricsBeginAtZero(t *testing.T) {
 	build := r.build
 	want := map[string]float64{
 		"connected_binaries": 0, "binaries_in_grace": 0, "connected_phones": 0, "queued_bytes": 0, "queued_bytes_limit": float64(r.o.queueTotal),
-		"socket_reads_total": 0, "socket_writes_total": 0, "log_lines_lost_total": 0,
+		"socket_reads_total": 0, "socket_writes_total": 0, "log_lines_lost_total": 0, "instance_check_unseen": 0,
 		`instance_check{check="host",verdict="held"}`: 1, `instance_check{check="host",verdict="bypassed"}`: 0,
 		"start_time_seconds": float64(r.id.started.UnixMilli()) / 1000,
 		fmt.Sprintf("build_info{version=%q,revision=%q,goversion=%q,instance=%q}", build.version, build.revision, runtime.Version(), r.id.id): 1,

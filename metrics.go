@@ -86,6 +86,8 @@ func (m *metrics) text() []byte {
 		e.sample(truth(v == public), "instance_check{check=%q,verdict=%q}", "public", v)
 	}
 
+	e.gauge("instance_check_unseen", "Addresses of the public name that the last check could not reach.", m.instance.unseen.Load())
+
 	e.family("build_info", "gauge", "Always 1: the version in the labels.")
 	e.sample(1, "build_info{version=%q,revision=%q,goversion=%q,instance=%q}", m.build.version, m.build.revision, m.build.goVersion, m.id.id)
 	e.family("start_time_seconds", "gauge", "When this process started, in seconds since 1970.")

@@ -661,14 +661,17 @@ func readAnswer(r io.Reader, asked time.Time) (a answer, err error) {
 	return a, nil
 }
 
-// dialer opens sessions with the relay at base: it verifies TLS, follows no
-// redirect, and begins each time at another address of the name, since two relays
-// behind two addresses are two relays, too. It is used by one goroutine.
+// dialer opens sessions with the relay at base: it verifies TLS and follows no
+// redirect. It takes turns with the addresses of the name and with both paths, since
+// two relays behind two of them are two relays, too. It is used by one goroutine.
 type dialer struct {
 	base *url.URL
 	tls  *tls.Config // nil: the system's authorities
 	net  network     // nil: system
-	n    int         // dials so far
+
+	n     int                 // dials so far
+	addrs []netip.Addr        // of the name, at the last of them
+	lost  map[netip.Addr]bool // those that could not be reached, and are tried last
 }
 
 // network is what the dialer needs below TLS.
@@ -688,8 +691,8 @@ func (d *dialer) dial(ctx context.Context, role role, serverID, nonce string) (*
 	t := new(dialTrace)
 	c := new(wsPeer)
 	steps := [...]func(context.Context) error{
-		stepDNS: func(ctx context.Context) (err error) { t.addrs, err = d.resolve(ctx); return err },
-		stepTCP: func(context.Context) (err error) { c.nc, err = d.connect(ctx, t.addrs); return err }, // each address has a time
+		stepDNS: func(ctx context.Context) (err error) { d.addrs, err = d.resolve(ctx); t.addrs = d.addrs; return err },
+		stepTCP: func(context.Context) (err error) { c.nc, err = d.connect(ctx); return err }, // each address has a time
 		stepTLS: func(ctx context.Context) (err error) { c.nc, t.tls, err = d.secure(ctx, c.nc); return err },
 		stepUpgrade: func(context.Context) (err error) {
 			c.unwatch = context.AfterFunc(ctx, func() { c.nc.Close() })
@@ -728,23 +731,29 @@ func (d *dialer) resolve(ctx context.Context) (addrs []netip.Addr, err error) {
 	for i := range addrs {
 		addrs[i] = addrs[i].Unmap()
 	}
-	return addrs, err
+	slices.SortFunc(addrs, netip.Addr.Compare) // resolvers give them in any order
+	return slices.Compact(addrs), err
 }
 
-func (d *dialer) connect(ctx context.Context, addrs []netip.Addr) (net.Conn, error) {
+func (d *dialer) connect(ctx context.Context) (net.Conn, error) {
 	port := cmp.Or(d.base.Port(), map[string]string{"ws": "80", "wss": "443"}[d.base.Scheme])
 	patience := stepTime
-	if len(addrs) > 1 {
+	if len(d.addrs) > 1 {
 		patience = addrTime
 	}
-	first := d.n
+	if d.lost == nil {
+		d.lost = map[netip.Addr]bool{}
+	}
+	first := d.n % len(d.addrs)
 	d.n++
+	turn := slices.Concat(d.addrs[first:], d.addrs[:first])
+	slices.SortStableFunc(turn, func(a, b netip.Addr) int { return int(truth(d.lost[a]) - truth(d.lost[b])) })
 	var failed error
-	for i := range addrs {
+	for _, addr := range turn {
 		bounded, cancel := context.WithTimeout(ctx, patience)
-		nc, err := cmp.Or(d.net, system).DialContext(bounded, "tcp", net.JoinHostPort(addrs[(first+i)%len(addrs)].String(), port))
+		nc, err := cmp.Or(d.net, system).DialContext(bounded, "tcp", net.JoinHostPort(addr.String(), port))
 		cancel()
-		if err == nil {
+		if d.lost[addr] = err != nil; err == nil {
 			return nc, nil
 		}
 		failed = errors.Join(failed, err)
@@ -787,7 +796,8 @@ func (d *dialer) request(role role, serverID, nonce string) *websocket.Config {
 	location, origin := *d.base, *d.base
 	location.Path = "/readyz"
 	if role != rolePage {
-		location.Path = "/v2/" + endpointWords[role]
+		version := 2 - (d.n-1)/len(d.addrs)%2
+		location.Path = fmt.Sprintf("/v%d/%s", version, endpointWords[role])
 	}
 	origin.Scheme = map[string]string{"ws": "http", "wss": "https"}[d.base.Scheme]
 	return &websocket.Config{Location: &location, Origin: &origin, Version: websocket.ProtocolVersionHybi13, Header: header}

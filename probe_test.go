@@ -387,6 +387,7 @@ func TestProbeFails(t *testing.T) {
 	encrypted := httptest.NewTLSServer(http.NotFoundHandler())
 	encrypted.Config.ErrorLog = slog.NewLogLogger(slog.DiscardHandler, slog.LevelError)
 	t.Cleanup(encrypted.Close)
+	page := status(t, 404)
 	echoing := websocket.Server{Handler: func(c *websocket.Conn) { io.Copy(c, c) }}
 	for _, tt := range []struct {
 		name, target         string
@@ -423,6 +424,9 @@ func TestProbeFails(t *testing.T) {
 		{"two relays in turn", twoRelays(), "instances", "2 of 4 connections reached " + relay.id.id, "stop all but one"},
 		{"phones of two relays in turn", twoRelays(),
 			"join", "1 of 3 phones reached the binary; 2 did not, although it is there (closed 4404", "run exactly one relay"},
+		{"a web server for /v1/", "ws://" + startBalancer(t, nil, func(_ int, head string) string {
+			return map[bool]string{true: page, false: relay.addr}[strings.HasPrefix(head, "GET /v1/")]
+		}).addr, "join", "1 of 3 phones reached the binary; the first that did not: something that is not a relay", "pass /v1/ and /v2/ on"},
 		{"relay and web server in turn", "ws://" + startBalancer(t, nil, inTurn(relay.addr, status(t, 502))).addr,
 			"instances", "2 of 4 something that does not say who it is", "what else answers"},
 		{"proxy that cuts what is idle", quiet(""), "idle", "connection was cut after ", "proxy_read_timeout"},

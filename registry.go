@@ -194,6 +194,7 @@ func (g *registry) install(w *writeBatch, srv *server, b *session) {
 		g.stopGrace(srv)
 		fallthrough
 	default:
+		g.moved(srv.id)
 		g.count(srv, &r.metrics.connectedBinaries, 1)
 	}
 	srv.binary = b
@@ -356,6 +357,7 @@ func (g *registry) absent(id string) (closeReason, string) {
 	now := g.relay.now()
 	ago := func(since int64) time.Duration { return time.Duration(now - since).Round(time.Second) }
 	at, known, since := g.recent.last(id)
+	g.moved(id)
 	switch {
 	case known:
 		return endLastHeld, fmt.Sprintf("%s %v ago", endLastHeld, ago(at))
@@ -363,6 +365,18 @@ func (g *registry) absent(id string) (closeReason, string) {
 		return endNeverSeen, fmt.Sprintf("%s in the last %v", endNeverSeen, ago(since))
 	}
 	return endNeverSeen, fmt.Sprintf("%s since this relay started %v ago", endNeverSeen, ago(0))
+}
+
+// moved hints to the check of the public name that the binary of id may be at another
+// relay, if it was here, and left for longer than a grace, since the last round.
+func (g *registry) moved(id string) {
+	at, known, _ := g.recent.last(id)
+	if known && g.relay.now()-at < int64(g.relay.o.checkPace.every) {
+		select {
+		case g.relay.hints <- struct{}{}:
+		default: // there are enough of them
+		}
+	}
 }
 
 // unregisterPhone takes a phone whose end is decided out of its server. Its binary gets

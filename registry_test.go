@@ -392,10 +392,25 @@ func TestRegistryKindsOf4404(t *testing.T) {
 		b.close(1000, "")
 		b.wantEnd(1000, "")
 		time.Sleep(42 * time.Second)
+		if n := len(r.hints); n != 0 {
+			t.Errorf("%d hints that the binary is elsewhere while nobody asks for it", n)
+		}
 		refused("id", "server-id last held 42s ago")
+		if n := len(r.hints); n != 1 {
+			t.Errorf("%d hints that the binary is elsewhere, want 1", n)
+		}
+		r.binary("id").close(1000, "") // it comes back after more than a grace
+		r.binary("new").close(1000, "")
+		r.settle("the hint", func() bool { return r.metrics.binariesInGrace.Load() == 2 })
+		if n := len(r.hints); n != 2 {
+			t.Errorf("%d hints that the binary was elsewhere, want 2", n)
+		}
 		time.Sleep(time.Hour)
-		refused("id", "server-id last held 1h0m42s ago")
+		refused("id", "server-id last held 1h0m0s ago")
 		refused("other", "server-id never seen since this relay started 1h2m12s ago")
+		if n := len(r.hints); n != 2 {
+			t.Errorf("%d hints of what is long ago, want none more", n-2)
+		}
 	})
 }
 

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"cmp"
 	"context"
 	"crypto/rand"
 	"encoding/base64"
@@ -57,6 +58,8 @@ type relay struct {
 	refusals logGate
 	drops    logGate
 	ignored  untrusted
+	named    atomic.Bool   // the log has said which name -public-url could be
+	hints    chan struct{} // that binaries may be at another relay; the check takes them
 	draining atomic.Bool   // nothing new is let in
 	peak     atomic.Int64  // what peers held at most since memory was given back; written by the sweep
 	quit     chan struct{} // ends the sweep
@@ -99,6 +102,7 @@ func makeRelay(o options, id identity, build buildVersion, instance *instanceSta
 		swept:    make(chan struct{}),
 		sessions: map[*session]struct{}{},
 		empty:    make(chan struct{}, 1),
+		hints:    make(chan struct{}, hintBurst),
 	}
 	r.instance.waits.Store(o.publicURL != nil && !o.bypass)
 	r.buffers.budget = &budget{limit: o.queueTotal}
@@ -177,11 +181,12 @@ func (r *relay) health(w http.ResponseWriter) {
 		Version  string `json:"version"`
 		Instance string `json:"instance"`
 		Check    string `json:"instance_check"`
+		Unseen   int64  `json:"instance_check_unseen"`
 		Binaries int64  `json:"connected_binaries"`
 		Phones   int64  `json:"connected_phones"`
 		Uptime   int64  `json:"uptime_seconds"`
 	}{
-		status, r.build.version, r.id.id, r.instance.verdict().String(),
+		status, r.build.version, r.id.id, r.instance.verdict().String(), r.instance.unseen.Load(),
 		r.metrics.connectedBinaries.Load(), r.metrics.connectedPhones.Load(), int64(time.Since(r.started) / time.Second),
 	})
 }
@@ -231,7 +236,23 @@ func (r *relay) serve(w http.ResponseWriter, q *http.Request, role role) {
 		r.leave(role)
 		return
 	}
+	if role == roleBinary && from.proxied && r.o.publicURL == nil {
+		r.suggestName(q)
+	}
 	r.begin(newSession(r, from, newConnID()), from, nc, first, answer)
+}
+
+// hostName is a name with a dot, and perhaps a port.
+var hostName = regexp.MustCompile(`^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]{0,61}[a-z0-9](:[0-9]{1,5})?$`)
+
+// suggestName says once by which name a binary came through a proxy. It is what a
+// stranger has sent, so a person has to decide: the relay doesn't dial it.
+func (r *relay) suggestName(q *http.Request) {
+	name := strings.ToLower(cmp.Or(q.Header.Get("X-Forwarded-Host"), q.Host))
+	if len(name) <= 253 && hostName.MatchString(name) && !r.named.Swap(true) {
+		r.log.Info(fmt.Sprintf("a binary came through a proxy by the name %q: if that is this relay's, -public-url wss://%[1]s "+
+			"has the relay check that no second one answers there", name))
+	}
 }
 
 // gates are what stands before an upgrade, in the contract's order. A request that

@@ -11,9 +11,11 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"math/bits"
 	mrand "math/rand/v2"
 	"net"
 	"net/http"
+	"net/netip"
 	"os"
 	"runtime"
 	"slices"
@@ -145,6 +147,7 @@ type instanceState struct {
 	bypassed atomic.Bool   // PYRYCODE_RELAY_SINGLE_INSTANCE=1: the instance lock decides nothing
 	public   atomic.Uint32 // a publicVerdict
 	yields   atomic.Bool   // this relay is about to give way to another
+	unseen   atomic.Int64  // addresses of the public name that the last round could not reach
 	waits    atomic.Bool   // users are not let in before the first round is over; once they are, this is over for good
 }
 
@@ -564,6 +567,17 @@ const (
 	elsewhereLooks = 4
 	// longestPause is what two connections are apart at the most.
 	longestPause = 150 * time.Millisecond
+	// mostAddrs is to how many addresses of the name a round goes at the most, one after
+	// the other; the next round goes on where it ended.
+	mostAddrs = 16
+	// So many sightings of another relay in so many rounds are a split, as two in a row
+	// are: a balancer may give it few connections.
+	splitSightings = 3
+	splitWindow    = 20
+	// hintBurst hints within hintTime are worth a round, one in each hintPause.
+	hintBurst = 3
+	hintTime  = 10 * time.Second
+	hintPause = time.Minute
 
 	// longestRefusal is how long users are refused because of a first round that
 	// takes long and has met no other relay.
@@ -631,6 +645,7 @@ type publicCheck struct {
 	round    func(ctx context.Context, joins int) roundResult // look
 	random   *mrand.Rand                                      // of pauses; nil: the runtime's
 	leave    chan error                                       // says that this process must give way
+	hints    chan struct{}                                    // that binaries may be at another relay
 
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
@@ -638,8 +653,10 @@ type publicCheck struct {
 	// Owned by run.
 	refusal   *time.Timer // lets users in where the first round takes long
 	handOvers int         // rounds while another relay serves in this one's place
-	suspected bool        // the last round saw a split, the one before did not
+	sightings uint32      // a bit for each of splitWindow rounds in which another relay was seen, the last one lowest
+	unseen    string      // what the log says of addresses that could not be reached
 	changed   time.Time
+	hinted    time.Time               // of the last round that hints have brought about
 	seen      map[string]*observation // by id: other relays, since the split began
 }
 
@@ -655,6 +672,7 @@ func newPublicCheck(o options, r *relay) *publicCheck {
 	c := &publicCheck{
 		me: r.id, began: r.started, standing: r.standing, keys: r.probes, bypass: o.bypass, pace: o.checkPace,
 		pause: min(o.checkPace.again/10, longestPause), state: r.instance, log: r.log, leave: make(chan error, 1),
+		hints: r.hints,
 	}
 	if o.publicURL != nil {
 		c.url, c.dialer.base, c.round = o.publicURL.String(), o.publicURL, c.look
@@ -682,31 +700,49 @@ func (c *publicCheck) run(ctx context.Context) {
 	c.refusal = time.AfterFunc(longestRefusal, c.admit)
 	defer c.refusal.Stop()
 	joins, wait := firstJoins, time.Duration(0)
-	for {
-		select {
-		case <-time.After(wait):
-		case <-ctx.Done():
-			return
-		}
+	for c.await(ctx, wait) {
 		f := c.round(ctx, joins)
 		c.refusal.Stop()
 		if ctx.Err() != nil {
 			return
 		}
-		joins = laterJoins
 		if err := c.judge(f, time.Now()); err != nil {
 			c.leave <- err
 			return
 		}
+		joins, wait = laterJoins, c.pace.every
+		verdict := c.state.verdict()
 		switch {
 		case c.state.waits.Load():
-			wait = min(handOver, c.pace.again)
-		case c.suspected, c.state.verdict() != publicVerified && time.Since(c.changed) < 2*c.pace.every:
+			joins, wait = firstJoins, min(handOver, c.pace.again)
+		case c.sightings != 0 && verdict != publicSplit:
+			joins, wait = firstJoins, c.pace.again
+		case verdict != publicVerified && time.Since(c.changed) < 2*c.pace.every:
 			wait = c.pace.again // what has just gone wrong may be over soon
-		default:
-			wait = c.pace.every
 		}
 		wait = wait*9/10 + c.upTo(wait/5)
+	}
+}
+
+// await waits for the next round, if there is to be one. A burst of hints that phones
+// are at the wrong relay makes that due at once, one a minute.
+func (c *publicCheck) await(ctx context.Context, wait time.Duration) bool {
+	var burst []time.Time
+	for due := time.After(wait); ; {
+		select {
+		case <-due:
+			return true
+		case <-ctx.Done():
+			return false
+		case <-c.hints:
+			now := time.Now()
+			burst = append(burst, now)
+			first := burst[max(0, len(burst)-hintBurst)]
+			if len(burst) >= hintBurst && now.Sub(first) < hintTime && now.Sub(c.hinted) >= hintPause {
+				c.hinted = now
+				return true
+			}
+		}
 	}
 }
 
@@ -736,6 +772,8 @@ type roundResult struct {
 	diagnosis diagnosis     // of the rest
 	joins     int           // phones that tried
 	failed    int           // of them
+	addrs     int           // of the name
+	unseen    []netip.Addr  // of them: those that could not be reached
 }
 
 // add adds a connection. The verdict that is worst to miss stands, and of each other
@@ -753,8 +791,14 @@ func (f *roundResult) add(r outcome) {
 }
 
 // look makes one round, with a number of phones.
-func (c *publicCheck) look(ctx context.Context, joins int) roundResult {
-	f := roundResult{verdict: publicVerified}
+func (c *publicCheck) look(ctx context.Context, joins int) (f roundResult) {
+	f.verdict = publicVerified
+	d := &c.dialer
+	clear(d.lost)
+	defer func() {
+		f.addrs = len(d.addrs)
+		f.unseen = slices.DeleteFunc(slices.Clone(d.addrs), func(a netip.Addr) bool { return !d.lost[a] })
+	}()
 	if c.state.waits.Load() && c.seen != nil {
 		if c.handOvers++; c.handOvers%wholeLooks != 0 && c.replaced(ctx, &f) {
 			return f
@@ -815,9 +859,9 @@ func (c *publicCheck) tryID(ctx context.Context, joins, follow int, f *roundResu
 	at := c.reached(t, err)
 	switch {
 	case at.verdict == publicVerified && t.step == stepSession && err != nil: // it leads here, and frames are lost on the way
-		return outcome{verdict: publicUnreachable, diagnosis: diagnose(c.dialer.base, t, err)}
+		return outcome{verdict: publicUnreachable, diagnosis: c.diagnose(t, err)}
 	case at.verdict == publicVerified:
-		for range joins {
+		for range max(joins, min(len(t.addrs), mostAddrs)) {
 			c.rest(ctx)
 			r := c.join(ctx, h, true)
 			f.add(r)
@@ -855,7 +899,7 @@ func (c *publicCheck) join(ctx context.Context, h *household, here bool) outcome
 	case err == nil: // whatever became of the header: the frame was here
 		return outcome{verdict: publicVerified}
 	case r.verdict == publicVerified:
-		return outcome{verdict: publicUnreachable, diagnosis: diagnose(c.dialer.base, t, err)}
+		return outcome{verdict: publicUnreachable, diagnosis: c.diagnose(t, err)}
 	case h.astray(err):
 		return outcome{verdict: publicSplit}
 	default:
@@ -878,7 +922,7 @@ func (c *publicCheck) reached(t *dialTrace, err error) outcome {
 	switch {
 	case a.code == 0, here && (a.code == http.StatusBadRequest || a.code == http.StatusUpgradeRequired):
 		// Peers get no further: something on the way takes their headers away.
-		return outcome{verdict: publicUnreachable, diagnosis: diagnose(c.dialer.base, t, err)}
+		return outcome{verdict: publicUnreachable, diagnosis: c.diagnose(t, err)}
 	case here:
 		return outcome{verdict: publicVerified}
 	case a.named && (a.standing.drains || a.standing.waits && !c.state.waits.Load()):
@@ -898,7 +942,16 @@ func (c *publicCheck) reached(t *dialTrace, err error) outcome {
 		err = fmt.Errorf("%s comes without %s: a relay of an older version, or a proxy that takes that header away",
 			quote(a.status), instanceHeader)
 	}
-	return outcome{verdict: publicNotARelay, diagnosis: diagnose(c.dialer.base, t, err)}
+	return outcome{verdict: publicNotARelay, diagnosis: c.diagnose(t, err)}
+}
+
+// diagnose tells what is wrong and, where the name has several addresses, at which.
+func (c *publicCheck) diagnose(t *dialTrace, err error) diagnosis {
+	d := diagnose(c.dialer.base, t, err)
+	if len(t.addrs) > 1 && t.remote != nil {
+		d.what = t.remote.String() + ": " + d.what
+	}
+	return d
 }
 
 // rest is a pause of random length, so that of two relays that check at the same
@@ -922,29 +975,50 @@ func (c *publicCheck) upTo(d time.Duration) time.Duration {
 
 // judge makes a verdict of a round. An error names the relay for which this one gives
 // way. One round alone is no split: while a relay is replaced both answer for a moment.
+// Nor is a split over with one round that does not see it, if it was not seen in others
+// meanwhile.
 func (c *publicCheck) judge(f roundResult, now time.Time) error {
 	if c.state.waits.Load() && c.wait(f, now) {
 		return c.sight(f.others, now)
 	}
-	was := c.state.verdict()
-	if f.verdict == publicSplit && was != publicSplit && !c.suspected {
-		c.suspected = true
+	was, saw, before := c.state.verdict(), f.verdict == publicSplit, c.sightings&1 == 1
+	c.sightings = (c.sightings<<1 | uint32(truth(saw))) & (1<<splitWindow - 1)
+	switch {
+	case saw && was != publicSplit && !before && bits.OnesCount32(c.sightings) < splitSightings:
 		c.log.Info("another relay answered to the public name; checking again", "url", c.url, "other", names(f.others), "in", c.pace.again)
 		c.sight(f.others, now)
 		return nil
+	case !saw && was == publicSplit && bits.TrailingZeros32(c.sightings) <= 2*longestGap(c.sightings):
+		return nil
+	case !saw && was == publicSplit:
+		c.sightings = 0
 	}
-	c.suspected = false
-	if f.verdict != was {
-		c.changed = now
+	c.state.unseen.Store(int64(len(f.unseen)))
+	unseen := ""
+	if f.verdict == publicVerified && len(f.unseen) > 0 {
+		unseen = fmt.Sprintf("at %d of %d addresses; %v can't be reached from here", f.addrs-len(f.unseen), f.addrs, f.unseen)
+	}
+	if f.verdict != was || unseen != c.unseen {
+		c.changed, c.unseen = now, unseen
 		c.state.public.Store(uint32(f.verdict))
 		c.report(f, now)
 	}
-	if f.verdict != publicSplit {
+	if !saw {
 		c.seen = nil
 		c.state.yields.Store(false)
 		return nil
 	}
 	return c.sight(f.others, now)
+}
+
+// longestGap is the longest run of rounds without a sighting between two with one.
+func longestGap(sightings uint32) (longest int) {
+	for sightings >>= bits.TrailingZeros32(sightings); sightings > 1; {
+		sightings >>= 1
+		n := bits.TrailingZeros32(sightings)
+		longest, sightings = max(longest, n), sightings>>n
+	}
+	return longest
 }
 
 // wait reports whether users are to be refused further, since another relay that is to
@@ -974,6 +1048,9 @@ func (c *publicCheck) admit() { c.state.waits.Store(false) }
 func (c *publicCheck) report(f roundResult, now time.Time) {
 	found := []any{"url", c.url, "found", f.diagnosis.what, "remedy", f.diagnosis.remedy, "phones", f.joins, "failed", f.failed}
 	switch {
+	case f.verdict == publicVerified && c.unseen != "":
+		c.log.Warn("public name verified "+c.unseen+": who looks from where they can, should see this relay",
+			"url", c.url, "phones", f.joins, "remedy", "run "+programName+" probe from there")
 	case f.verdict == publicVerified:
 		c.log.Info("public name verified: it leads to this relay and to no other", "url", c.url, "phones", f.joins)
 	case f.verdict == publicSplit:

@@ -12,6 +12,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"net/http"
+	"net/netip"
 	"net/url"
 	"os"
 	"os/exec"
@@ -658,6 +659,51 @@ func TestLockBypassTakesAFreeLock(t *testing.T) {
 	startProgram(t, withLock(lockOf(first))).wantRefusal(2, "multi-instance deploy detected", fmt.Sprintf("pid %d,", first.cmd.Process.Pid))
 }
 
+// TestPublicNameIsSuggested: a relay that checks no name says once which one it could check,
+// and dials nobody for it.
+func TestPublicNameIsSuggested(t *testing.T) {
+	t.Parallel()
+	const said = "has the relay check that no second one answers there"
+	upgrade := []string{"x-pyrycode-server: s", "user-agent: test", "x-pyrycode-version: 1", "Connection: Upgrade", "Upgrade: websocket",
+		"Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="}
+	for _, tt := range []struct {
+		name, path, host, more string
+		public                 bool // there is a -public-url
+		want                   string
+	}{
+		{"by the proxy's header", "/v2/server", "127.0.0.1:8080", "X-Forwarded-Host: Relay.example.com", false, "relay.example.com"},
+		{"by the host", "/v1/server", "relay.example.com:8443", "X-Other: 1", false, "relay.example.com:8443"},
+		{"a phone", "/v2/client", "relay.example.com", "X-Other: 1", false, ""},
+		{"with a -public-url", "/v2/server", "relay.example.com", "X-Other: 1", true, ""},
+		{"an address", "/v2/server", "192.0.2.1:8080", "X-Other: 1", false, ""},
+		{"a name for this host only", "/v2/server", "localhost:8080", "X-Other: 1", false, ""},
+		{"two names", "/v2/server", "127.0.0.1", "X-Forwarded-Host: a.example.com, b.example.com", false, ""},
+		{"no name", "/v2/server", "127.0.0.1", "X-Forwarded-Host: \"\u202e.example.com", false, ""},
+		{"a name without end", "/v2/server", "127.0.0.1", "X-Forwarded-Host: " + strings.Repeat("a.", 200) + "com", false, ""},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			r := startRelay(t, testOptions())
+			if tt.public {
+				r.o.publicURL = &url.URL{Scheme: "wss", Host: "relay.example.com"}
+			}
+			for range 2 {
+				lines := append([]string{"GET " + tt.path + " HTTP/1.1", "Host: " + tt.host, tt.more}, upgrade...)
+				if resp, body := r.ask(lines...); resp.StatusCode != 101 {
+					t.Fatalf("%s %q", resp.Status, body)
+				}
+			}
+			want, n := 0, strings.Count(r.logs.String(), said)
+			if tt.want != "" {
+				want = 1
+			}
+			if n != want || want > 0 && !strings.Contains(r.logs.String(), "-public-url wss://"+tt.want+" ") {
+				t.Errorf("said %d times, want %d:\n%s", n, want, r.logs.String())
+			}
+		})
+	}
+}
+
 func TestPlatformWithoutCheckIsRefused(t *testing.T) {
 	t.Parallel()
 	for name, platform := range map[string]string{"FLY_APP_NAME": "Fly.io", "KUBERNETES_SERVICE_HOST": "Kubernetes"} {
@@ -965,6 +1011,72 @@ func TestPublicCheckLetsUsersIn(t *testing.T) {
 	}
 }
 
+// TestPublicCheckCountsSightings: a relay that gets few of the connections is seen in few
+// of the rounds. That is a split after three in twenty, said once, until it is not seen
+// for longer than it was not seen before.
+func TestPublicCheckCountsSightings(t *testing.T) {
+	t.Parallel()
+	for every, want := range map[int]int{1: 2, 2: 5, 5: 11, 9: 19, 10: 0} { // seen in each so many rounds, split in that round
+		t.Run(fmt.Sprintf("one in %d", every), func(t *testing.T) {
+			t.Parallel()
+			turn := append([]roundResult{splitWith(younger)}, slices.Repeat([]roundResult{allMine()}, every-1)...)
+			seen := slices.Repeat(turn, 60/every)
+			r := checkScript{rounds: len(seen) + 20, script: append(seen, allMine())}.run(t)
+			first, last := 1+slices.Index(r.verdicts, publicSplit), len(r.verdicts)-1
+			for r.verdicts[last] != publicSplit && last > 0 {
+				last--
+			}
+			if first != want || want == 0 && last > 0 {
+				t.Errorf("split from round %d to %d, want from %d", first, last+1, want)
+			}
+			if want > 0 && (last < len(seen)-every || r.verdicts[len(r.verdicts)-1] != publicVerified || strings.Count(r.logs, "ERROR") != 1) {
+				t.Errorf("it was seen for %d rounds, and was a split in round %d at last:\n%s", len(seen), last+1, r.logs)
+			}
+			if gap := r.at[2] - r.at[1]; gap > 33*time.Second {
+				t.Errorf("after a sighting the next rounds are %v apart", gap)
+			}
+		})
+	}
+}
+
+// TestPublicCheckTakesHints: a burst of signs that phones are at the wrong relay brings
+// about a round at once, one a minute, and a sign now and then does not.
+func TestPublicCheckTakesHints(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name  string
+		every time.Duration
+		want  int // rounds in four minutes
+	}{
+		{"none", time.Hour, 1}, {"now and then", 6 * time.Second, 1}, {"a burst without end", 100 * time.Millisecond, 1 + 4},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				rounds := 0
+				c := &publicCheck{
+					state: new(instanceState), pace: defaultPace(), log: slog.New(slog.DiscardHandler), hints: make(chan struct{}, hintBurst),
+					round: func(context.Context, int) roundResult { rounds++; return allMine() },
+				}
+				c.start()
+				for range 4 * time.Minute / min(tt.every, time.Minute) {
+					time.Sleep(min(tt.every, time.Minute))
+					if tt.every <= time.Minute {
+						select {
+						case c.hints <- struct{}{}:
+						default:
+						}
+					}
+				}
+				c.stop()
+				if rounds != tt.want {
+					t.Errorf("%d rounds, want %d", rounds, tt.want)
+				}
+			})
+		})
+	}
+}
+
 // relayPair is two relays that check one name, by the clock of synctest.
 type relayPair struct {
 	ids    [2]string
@@ -1190,7 +1302,8 @@ func TestPaceFrom(t *testing.T) {
 
 // checkOf is a check of r through addr, without pauses.
 func checkOf(r *testRelay, addr string) *publicCheck {
-	return &publicCheck{me: r.id, standing: r.standing, state: r.instance, keys: r.probes, dialer: dialer{base: &url.URL{Scheme: "ws", Host: addr}}}
+	d := dialer{base: &url.URL{Scheme: "ws", Host: addr}}
+	return &publicCheck{me: r.id, standing: r.standing, state: r.instance, keys: r.probes, dialer: d, log: r.log}
 }
 
 // lookFrom makes one round as r does, through addr.
@@ -1218,7 +1331,8 @@ func TestPublicRoundThatWaits(t *testing.T) {
 		{"the other serves", through(func(me, other string) picker { return inTurn(other, me) }), func(*testRelay) {}, true, true},
 		{"only the other is reached", through(func(_, other string) picker { return always(other) }), func(*testRelay) {}, true, true},
 		{"one page in ten", through(func(me, other string) picker { return onceOf(9, other, me) }), func(*testRelay) {}, true, true},
-		{"one phone in nine", through(func(me, other string) picker { return onceOf(handOverLooks+8, other, me) }), func(*testRelay) {}, true, false},
+		{"one phone in nine", through(func(me, other string) picker { return onceOf(handOverLooks+8, other, me) }),
+			func(*testRelay) {}, true, false},
 		{"pages are another's", func(t *testing.T, me, other string) string {
 			page := status(t, 404)
 			return startBalancer(t, nil, func(n int, head string) string {
@@ -1280,6 +1394,11 @@ func TestPublicRound(t *testing.T) {
 		{"one phone in nine", through(func(me, other string) picker { return onceOf(8, other, me) }), publicSplit, true, "", false},
 		{"one claim elsewhere, its phones here", through(func(me, other string) picker { return onceOf(0, other, me) }),
 			publicSplit, true, "", false},
+		{"/v1/ to another", through(func(me, other string) picker {
+			return func(_ int, head string) string {
+				return map[bool]string{true: other, false: me}[strings.HasPrefix(head, "GET /v1/")]
+			}
+		}), publicSplit, true, "", false},
 		{"sticky by server-id", through(func(me, other string) picker { return byServer(me, other) }), publicVerified, false, "", false},
 		{"another relay only", func(t *testing.T, _, other string) string { return other }, publicSplit, true, "", false},
 		{"another relay, and otherwise nothing", through(func(_, other string) picker { return inTurn("", other) }),
@@ -1335,6 +1454,70 @@ func TestPublicRound(t *testing.T) {
 				t.Errorf("%d phones joined, want %d", f.joins, firstJoins)
 			}
 			me.settle("the round's end", func() bool { return me.count(roleBinary)+me.count(rolePhone) == 0 })
+		})
+	}
+}
+
+// addresses is a network in which a name has some, and what answers at each. Nothing
+// answers at those that stand for themselves.
+type addresses map[string]string
+
+func (n addresses) LookupNetIP(context.Context, string, string) (all []netip.Addr, err error) {
+	for a := range n { // in any order
+		all = append(all, netip.MustParseAddr(a))
+	}
+	return all, nil
+}
+
+func (n addresses) DialContext(ctx context.Context, network, addr string) (net.Conn, error) {
+	host, _, _ := net.SplitHostPort(addr)
+	return new(net.Dialer).DialContext(ctx, network, n[host])
+}
+
+// TestPublicRoundAddresses: each address of the name that can be reached is looked at, and
+// those that can't be are told.
+func TestPublicRoundAddresses(t *testing.T) {
+	t.Parallel()
+	me, other := startRelay(t, testOptions()), startRelay(t, testOptions())
+	dead, web := deadAddr(t), status(t, 404)
+	for _, tt := range []struct {
+		name   string
+		net    addresses
+		want   publicVerdict
+		unseen string
+		log    string
+	}{
+		{"one", addresses{"192.0.2.1": me.addr}, publicVerified, "[]", "public name verified: it leads"},
+		{"two", addresses{"192.0.2.1": me.addr, "2001:db8::1": me.addr}, publicVerified, "[]", "public name verified: it leads"},
+		{"one is dead", addresses{"192.0.2.1": me.addr, "2001:db8::1": dead}, publicVerified, "[2001:db8::1]",
+			"verified at 1 of 2 addresses; [2001:db8::1] can't be reached from here"},
+		{"all are dead", addresses{"192.0.2.1": dead, "2001:db8::1": dead}, publicUnreachable, "[192.0.2.1 2001:db8::1]", "not reach itself"},
+		{"another relay at one", addresses{"192.0.2.1": me.addr, "2001:db8::1": other.addr}, publicSplit, "[]", "answered to the public name"},
+		{"another at the last of nine", addresses{"192.0.2.1": me.addr, "192.0.2.2": me.addr, "192.0.2.3": me.addr, "192.0.2.4": me.addr,
+			"192.0.2.5": me.addr, "192.0.2.6": me.addr, "192.0.2.7": dead, "192.0.2.8": me.addr, "2001:db8::1": other.addr},
+			publicSplit, "[192.0.2.7]", "answered to the public name"},
+		{"a web server at one", addresses{"192.0.2.1": me.addr, "2001:db8::1": web}, publicNotARelay, "[]", web + ": something that"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			var logs logBuffer
+			c := checkOf(me, "relay.test")
+			c.dialer.net, c.state, c.log = tt.net, new(instanceState), slog.New(slog.NewTextHandler(&logs, nil))
+			for round := range 3 {
+				f := c.look(t.Context(), laterJoins)
+				if got := fmt.Sprint(f.unseen); f.verdict != tt.want || got != tt.unseen || f.addrs != len(tt.net) {
+					t.Fatalf("round %d: verdict %v, %s of %d unseen, want %v and %s", round, f.verdict, got, f.addrs, tt.want, tt.unseen)
+				}
+				if round == 0 {
+					c.judge(f, time.Now())
+				}
+				if n := int64(len(f.unseen)); tt.want != publicSplit && c.state.unseen.Load() != n {
+					t.Errorf("%d unseen in metrics, want %d", c.state.unseen.Load(), n)
+				}
+			}
+			if !strings.Contains(logs.String(), tt.log) {
+				t.Errorf("the log lacks %q:\n%s", tt.log, logs.String())
+			}
 		})
 	}
 }
@@ -1755,7 +1938,8 @@ func TestPublicCheckCostsNoPhone(t *testing.T) {
 				return ""
 			})
 			start := func(addr string) *program {
-				return startProgram(t, []string{paceName + "=200ms,100ms,600ms"}, "-listen", addr, "-public-url", "ws://"+b.addr, "-rate-per-minute", "0")
+				return startProgram(t, []string{paceName + "=200ms,100ms,600ms"},
+					"-listen", addr, "-public-url", "ws://"+b.addr, "-rate-per-minute", "0")
 			}
 			first := start(one).listening()
 			h := &crowd{t: t, addr: b.addr}
