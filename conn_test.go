@@ -1259,7 +1259,7 @@ func TestConnCloseBehindQueue(t *testing.T) {
 	t.Parallel()
 	onEach(t, testOptions(), func(t *testing.T, r *testRelay) {
 		for _, shape := range []string{`"frame":"bye",`, `"frame":null,`, ``} {
-			b, ph, id := r.pair(newConnID())
+			b, ph, id := r.pair(r.newConnID())
 			var raw []byte
 			for i := range 1000 {
 				raw = append(raw, clientFrame(last, opText, []byte(fmt.Sprintf(`{"conn_id":%q,"frame":%s}`, id, numbered(i, 1000))))...)

@@ -191,6 +191,22 @@ func TestCostAllocationsPerEscapedName(t *testing.T) {
 	}
 }
 
+// A daemon sends to phones whose relay has gone, for hours.
+func TestCostAllocationsPerStrangeID(t *testing.T) {
+	needNoRace(t)
+	o := testOptions()
+	o.logLevel = logOff
+	r := startRelay(t, o)
+	b, _, _, _, w := memPair(t, r.relay)
+	read := make([]byte, 256)
+	for name, tag := range map[string]connTag{"another relay's": {relay: 1}, "ours": {relay: r.me}, "evidence": {relay: 2, after: r.me}} {
+		frame := clientFrame(last, opText, []byte(`{"conn_id":"`+newConnID(tag)+`","frame":1}`))
+		if got := testing.AllocsPerRun(100, func() { b.receive(w, read[:copy(read, frame)]) }); got != 0 {
+			t.Errorf("%s: %v allocations per frame, want none", name, got)
+		}
+	}
+}
+
 // bench measures work that moves n bytes.
 func bench(b *testing.B, name string, n int, work func(b *testing.B)) {
 	b.Run(name, func(b *testing.B) {

@@ -611,7 +611,7 @@ type lane struct {
 // lane connects a pair of its own, in which role sends.
 func (r *testRelay) lane(role role) lane {
 	r.t.Helper()
-	b, ph, connID := r.pair(newConnID())
+	b, ph, connID := r.pair(r.newConnID())
 	if role == roleBinary {
 		return lane{b, ph, connID, `{"conn_id":"` + connID + `","frame":`, `}`, ph.message}
 	}
@@ -711,7 +711,7 @@ func memSession(t testing.TB, r *relay, role role, connID string) (*session, *me
 // memBinary registers a binary of id.
 func memBinary(t testing.TB, r *relay, id string) (*session, *memSocket) {
 	t.Helper()
-	b, m := memSession(t, r, roleBinary, newConnID())
+	b, m := memSession(t, r, roleBinary, r.newConnID())
 	w := r.newBatch()
 	if r.registry.claim(w, b, id); b.contends() {
 		t.Fatalf("%s is claimed already", id)

@@ -1120,6 +1120,9 @@ func TestMetricsBeginAtZero(t *testing.T) {
 	for i, verdict := range []string{"off", "pending", "verified", "split", "not-a-relay", "unreachable"} {
 		want[fmt.Sprintf("instance_check{check=\"public\",verdict=%q}", verdict)] = float64(max(0, 1-i))
 	}
+	for _, sure := range []string{"certain", "suspected"} {
+		want[fmt.Sprintf("split_seen_total{evidence=%q}", sure)] = 0
+	}
 	got := samples(t, w.Body.String())
 	alive := []string{"goroutines", "memory_limit_bytes"}
 	if runtime.GOOS == "linux" {

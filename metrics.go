@@ -29,6 +29,8 @@ type metrics struct {
 	upgrades [roleCount][upgradeOutcomeCount]atomic.Int64
 	closes   [roleCount][closeReasonCount]atomic.Int64
 	drops    [dropReasonCount]atomic.Int64
+
+	splitSeen [evidenceCount]atomic.Int64
 }
 
 func newMetrics(id identity, build buildVersion, instance *instanceState, b *budget) *metrics {
@@ -84,6 +86,10 @@ func (m *metrics) text() []byte {
 	e.sample(truth(bypassed), "instance_check{check=%q,verdict=%q}", "host", "bypassed")
 	for v := range publicVerdictCount {
 		e.sample(truth(v == public), "instance_check{check=%q,verdict=%q}", "public", v)
+	}
+	e.family("split_seen_total", "counter", "Signs in conn_ids that another relay serves binaries of this one, by how sure they are.")
+	for v := range evidenceCount {
+		e.sample(m.splitSeen[v].Load(), "split_seen_total{evidence=%q}", v)
 	}
 
 	e.gauge("instance_check_unseen", "Addresses of the public name that the last check could not reach.", m.instance.unseen.Load())

@@ -2,7 +2,12 @@ package main
 
 import (
 	"container/list"
+	"context"
+	"crypto/rand"
+	"encoding/base64"
+	"encoding/binary"
 	"fmt"
+	"log/slog"
 	"maps"
 	"slices"
 	"strings"
@@ -459,4 +464,179 @@ func (c *recentClaims) last(id string) (at int64, known bool, since int64) {
 	defer c.mu.Unlock()
 	at, known = c.at[id]
 	return at, known, c.forgotten
+}
+
+// ---- what the ids tell ----
+
+// A daemon keeps the conn_ids of its phones for as long as it lives, and what it sends
+// to those whose relay has gone comes through the relay that it has. So the ids carry
+// word from relay to relay, in any topology (docs/decisions/0002-what-the-ids-tell.md).
+
+// connTag is what a conn_id says behind 128 random bits. Those are there because the
+// daemon keeps sessions by conn_id: none may repeat, not even after a restart.
+type connTag struct {
+	relay  uint64 // identity.id of the relay that minted it
+	minted uint32 // in seconds since 1970 by its clock
+	age    uint32 // of that relay by then, in seconds
+	after  uint64 // a relay whose ids it had known for checkPace.over by then, 0 if none
+}
+
+// connIDBytes are 54 characters, of the 64 that a daemon takes.
+const connIDBytes = 16 + 24
+
+var connIDEncoding = base64.RawURLEncoding.Strict()
+
+func newConnID(t connTag) string {
+	var b [connIDBytes]byte
+	rand.Read(b[:16])
+	binary.BigEndian.PutUint64(b[16:], t.relay)
+	binary.BigEndian.PutUint32(b[24:], t.minted)
+	binary.BigEndian.PutUint32(b[28:], t.age)
+	binary.BigEndian.PutUint64(b[32:], t.after)
+	return connIDEncoding.EncodeToString(b[:])
+}
+
+// parseConnTag reads a conn_id. Those of older relays have no tag.
+func parseConnTag(id []byte) (t connTag, ok bool) {
+	var b [connIDBytes]byte
+	if len(id) != connIDEncoding.EncodedLen(len(b)) {
+		return t, false
+	}
+	n, err := connIDEncoding.Decode(b[:], id) // which skips line breaks
+	big := binary.BigEndian
+	return connTag{big.Uint64(b[16:]), big.Uint32(b[24:]), big.Uint32(b[28:]), big.Uint64(b[32:])}, n == len(b) && err == nil
+}
+
+// evidence is how sure it is that another relay serves binaries of this one.
+type evidence uint8
+
+const (
+	evidenceCertain   evidence = iota // by the order of what happened
+	evidenceSuspected                 // by two clocks
+	evidenceCount                     // there is none
+)
+
+func (e evidence) String() string { return [...]string{"certain", "suspected", "none"}[e] }
+
+// others are the relays whose ids binaries have named here. Times are this relay's age.
+type others struct {
+	mu    sync.Mutex // guards what follows
+	seen  map[uint64]*otherRelay
+	found [evidenceCount]time.Duration // of the latest evidence, 0 if there is none
+	told  time.Duration                // of the last line in the log, 0 if there is none
+	doubt bool                         // an id has come out of the future, so this relay's clock or another is wrong
+}
+
+type otherRelay struct {
+	since  time.Duration         // of the first id
+	news   time.Duration         // of the first id that was younger than all before
+	newest uint32                // from which age of it on an id is younger than all before
+	next   [evidenceCount]uint32 // from which age of it on an id is new evidence
+	first  uint32                // its age in the first suspicion
+	server string                // whose binary raised that
+	conn   string                // the connection that raised the last one
+	times  int                   // connections that raised one
+}
+
+const (
+	maxOthers      = 64         // relays in the life of a daemon
+	clockTolerance = 3600       // seconds by which right clocks differ
+	oldestDate     = 1704067200 // 2024: a clock that says less is wrong
+	suspectedTimes = 3          // for one server-id
+)
+
+func (r *relay) age() time.Duration { return time.Since(r.started) }
+func (r *relay) date() int64        { return time.Now().Add(r.o.checkPace.skew).Unix() }
+
+func (r *relay) newConnID() string {
+	t := connTag{relay: r.me, minted: uint32(r.date()), age: uint32(r.age() / time.Second)}
+	r.others.mu.Lock()
+	news := time.Duration(-1)
+	for id, other := range r.others.seen {
+		// A rolling update, in which daemons may go to and fro, is over sooner. Of
+		// several relays the one that still mints ids is the one to tell of this one.
+		if r.age()-other.since >= r.o.checkPace.over && other.news > news {
+			t.after, news = id, other.news
+		}
+	}
+	r.others.mu.Unlock()
+	return newConnID(t)
+}
+
+// strange reads a conn_id that b has named and that is none of its phones'.
+func (b *session) strange(id []byte) {
+	r, o := b.relay, &b.relay.others
+	t, ok := parseConnTag(id)
+	if !ok || t.relay == r.me || b.probe {
+		return
+	}
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	now := r.age()
+	other := o.seen[t.relay]
+	if other == nil {
+		if len(o.seen) >= maxOthers {
+			old, _ := stalest(o.seen, func(other *otherRelay) int64 { return int64(other.since) })
+			delete(o.seen, old)
+		}
+		other = &otherRelay{since: now}
+		o.seen[t.relay] = other
+	}
+	if t.age >= other.newest {
+		other.newest, other.news = t.age+1, now
+	}
+	e := other.weigh(b, t)
+	if e == evidenceCount || t.age < other.next[e] { // daemons name ids again and again, even of a relay that was stopped meanwhile
+		return
+	}
+	other.next[e] = t.age + 1
+	o.found[e] = now
+	r.metrics.splitSeen[e].Add(1)
+	if o.told > 0 && now-o.told < time.Hour { // a binary can make up what it likes
+		return
+	}
+	o.told = now
+	r.log.Log(context.Background(), [...]slog.Level{slog.LevelError, slog.LevelWarn}[e], [...]string{
+		"multi-instance deploy detected: this relay and another one serve binaries in turn",
+		"multi-instance deploy suspected: by its clock another relay has served binaries while this one was up",
+	}[e]+"; "+lostPhone+": run exactly one", "evidence", e, "other", fmt.Sprintf("%016x", t.relay), "instance", r.id.id,
+		"server", b.server.id, "remedy", "stop the other one, or take it out of the proxy; if you know of none, run "+
+			programName+" probe with the public URL from several networks and compare instances")
+}
+
+// weigh tells what an id is evidence of, others.mu held.
+func (other *otherRelay) weigh(b *session, t connTag) evidence {
+	r, minted, date := b.relay, int64(t.minted), b.relay.date()
+	r.others.doubt = r.others.doubt || date >= oldestDate && minted > date+clockTolerance
+	// The later of two dates, in case that the clock has been set since.
+	started := max(r.id.started.Unix(), date-int64(r.age()/time.Second))
+	switch {
+	case t.after == r.me:
+		return evidenceCertain
+	case r.others.doubt, min(minted, started) < oldestDate, minted-started <= clockTolerance+min(int64(t.age), 24*3600):
+		return evidenceCount
+	}
+	if other.times == 0 {
+		other.first, other.server = t.age, b.server.id
+	}
+	if other.conn != b.id {
+		other.conn = b.id
+		other.times++
+	}
+	apart := max(t.age, other.first) - min(t.age, other.first)
+	if other.server == b.server.id && other.times < suspectedTimes || apart < uint32(r.o.checkPace.over/time.Second) {
+		return evidenceCount
+	}
+	return evidenceSuspected
+}
+
+// verdict is the surest evidence of the last day.
+func (o *others) verdict(age time.Duration) evidence {
+	o.mu.Lock()
+	defer o.mu.Unlock()
+	e := evidenceCertain
+	for e < evidenceCount && (o.found[e] == 0 || age-o.found[e] > 24*time.Hour) {
+		e++
+	}
+	return e
 }

@@ -1,13 +1,18 @@
 package main
 
 import (
+	"bytes"
 	"fmt"
+	"maps"
+	"math"
+	"math/rand/v2"
 	"net"
 	"runtime"
 	"slices"
 	"strings"
 	"syscall"
 	"testing"
+	"testing/synctest"
 	"time"
 	"unsafe"
 )
@@ -435,8 +440,6 @@ func TestRegistryForgetsClaims(t *testing.T) {
 	})
 }
 
-func (r *testRelay) age() time.Duration { return time.Duration(r.now()) }
-
 // A server-id that was held is remembered, and its request is not: net/http's
 // header values are parts of one string with all of them.
 func TestRegistryKeepsNoHeader(t *testing.T) {
@@ -820,4 +823,426 @@ func (r *relay) check() error {
 		}
 	}
 	return nil
+}
+
+// ---- what the ids tell ----
+
+// history is what happens to relays, to the daemons of one name and to their clocks, in
+// fake time and without sockets: what the ids tell depends on nothing else.
+type history struct {
+	t       testing.TB
+	over    time.Duration
+	relays  map[string]*relay // all that have been
+	daemons map[string]*historyDaemon
+	logs    logBuffer
+}
+
+// historyDaemon is a daemon with the ids that it keeps.
+type historyDaemon struct {
+	at  *session
+	ids []string
+}
+
+func newHistory(t testing.TB) *history {
+	return &history{t: t, over: defaultPace().over, relays: map[string]*relay{}, daemons: map[string]*historyDaemon{}}
+}
+
+// clock is how wrong a clock is that is wrong by that much in 2026: fake time begins in 2000.
+func (h *history) clock(wrong time.Duration) time.Duration {
+	return time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC).Sub(historyStart) + wrong
+}
+
+var historyStart = time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
+
+// starts a relay with a clock that is wrong.
+func (h *history) starts(name string, wrong time.Duration) *relay {
+	o := testOptions()
+	o.checkPace.over, o.checkPace.skew = h.over, h.clock(wrong)
+	id := newIdentity(time.Now().Add(o.checkPace.skew))
+	r := makeRelay(o, id, buildVersion{}, new(instanceState), new(probeKeys), newLogger(&h.logs, o))
+	h.relays[name] = r
+	return r
+}
+
+func (h *history) daemon(name string) *historyDaemon {
+	if h.daemons[name] == nil {
+		h.daemons[name] = &historyDaemon{}
+	}
+	return h.daemons[name]
+}
+
+// connects takes a daemon to a relay.
+func (d *historyDaemon) connects(name string, r *relay) {
+	d.at = newSession(r, caller{role: roleBinary}, r.newConnID())
+	d.at.server = &server{id: name}
+}
+
+// phone joins, wherever the daemon is.
+func (d *historyDaemon) phone() { d.ids = append(d.ids, d.at.relay.newConnID()) }
+
+// sends names the ids of sessions, all but those of phones that are there being strange.
+func (d *historyDaemon) sends(ids ...string) {
+	for _, id := range ids {
+		d.at.strange([]byte(id))
+		time.Sleep(time.Millisecond)
+	}
+}
+
+// found is what each relay has found, such as "A certain, B suspected".
+func (h *history) found() string {
+	var all []string
+	for _, name := range slices.Sorted(maps.Keys(h.relays)) {
+		for e := range evidenceCount {
+			if h.relays[name].metrics.splitSeen[e].Load() > 0 {
+				all = append(all, name+" "+e.String())
+			}
+		}
+	}
+	return strings.Join(all, ", ")
+}
+
+// play does what a script says, step by step: "A", a relay starts, perhaps with "A(-72h)" wrong on its clock, which is
+// set by "A=1h"; "d>A", d connects to A; "d+", a phone joins d; "d!", d sends to all that it has had; "d0!", to the first
+// of them only; "d-", d starts anew; "90s", so much time passes.
+func (h *history) play(script string) {
+	h.t.Helper()
+	for _, step := range strings.Fields(script) {
+		name, rest := step[:1], step[1:]
+		pass, err := time.ParseDuration(step)
+		if err == nil {
+			time.Sleep(pass)
+			continue
+		}
+		relay := name >= "A" && name <= "Z"
+		d := h.daemons[name]
+		switch wrong, _ := time.ParseDuration(strings.Trim(rest, "()=")); {
+		case relay && strings.HasPrefix(rest, "="):
+			h.relays[name].o.checkPace.skew = h.clock(wrong)
+		case relay:
+			h.starts(name, wrong)
+		case rest[0] == '>':
+			h.daemon(name).connects(name, h.relays[rest[1:]])
+		case rest == "+":
+			d.phone()
+		case rest == "-":
+			d.ids = nil
+		case rest == "!":
+			d.sends(d.ids...)
+		default:
+			d.sends(d.ids[int(rest[0]-'0')])
+		}
+	}
+}
+
+func TestIDsTell(t *testing.T) {
+	t.Parallel()
+	for _, test := range []struct{ name, script, want string }{
+		// One relay at a time.
+		{"a restart", "A d>A d+ 1h B d>B d! d+ d! 1h d>B d! d+ 1h d>B d!", ""},
+		{"a loss of network after a migration", "A d>A d+ 24h B d>B d+ 1m d>B d0! 48h d>B d0! d+ d! 48h d>B d!", ""},
+		{"late to a session of two relays ago", "A d>A d+ 24h B d>B d+ d1! 24h C d>C d+ d2! 24h d>C d0! d1! 24h d>C d! d+ 24h d>C d!", ""},
+		{"several daemons, one of them late", "A d>A d+ e>A e+ 24h B d>B d! d+ 24h d>B d! 24h e>B e! e+ 24h e>B e!", ""},
+		{"a daemon that starts anew", "A d>A d+ 24h B d>B d! d+ d- 24h d>B d+ d! 24h d>B d!", ""},
+		{"a relay that starts again and again", "A d>A d+ 1m B d>B d! d+ 1m C d>C d! d+ 1m D d>D d! d+ 100s d+ 100s d! E d>E d!", ""},
+		{"a rolling update", "A d>A d+ 24h B 1m d>B d! d+ 1h d>B d!", ""},
+		{"a rolling update with daemons to and fro", "A d>A d+ 24h B d>B d! d+ 30s d>A d! d+ 30s d>B d! d+ 25s d>A d! d+ 2s d>B d! d+ 3h d>B d!", ""},
+		{"and the other one was up before", "A d>A e>A 24h B 10m d>B d! d+ 85s e>B e+ e>A e! d>A d! 3h e>A e! d>A d! 3h d>A d!", ""},
+		{"a rolling update that is taken back", "A d>A d+ 24h B d>B d! d+ 85s d+ d>A d! d+ 3h d>A d!", ""},
+
+		// One at a time, and clocks.
+		{"the second one's an hour behind", "A d>A 24h d+ 5m B(-1h) d>B 10m d! 3h d>B d! 3h d>B d! 3h d>B d!", ""},
+		{"the first one's days ahead, and it is heard", "A(72h) d>A d+ 24h d+ B d>B d! 72h d>B d! 72h d>B d! 72h d>B d!", ""},
+		{"the second one's days behind", "A d>A d+ 24h d+ B(-72h) d>B d! 72h d>B d! 72h d>B d! 72h d>B d!", ""},
+		{"the second one boots in 1970", "A d>A d+ 24h d+ B(-490896h) d>B d! 1h d>B d! 1h d>B d! 1h d>B d!", ""},
+		{"and learns the date later", "A d>A d+ 24h d+ B(-490896h) 1m B=0s d>B d! 1h d>B d! 1h d>B d! 1h d>B d!", ""},
+		{"an old date, which is set later", "A d>A d+ 240h d+ B(-240h) 1m B=0s d>B d! 24h d>B d! 24h d>B d! 24h d>B d!", ""},
+		{"both in 1970", "A(-490896h) d>A d+ 24h d+ B(-490896h) d>B d! 24h d>B d! 24h d>B d!", ""},
+		{"the first one's jumps", "A d>A d+ A=48h d+ 1h A=-48h d+ 1h A=0s d+ B d>B d! 72h d>B d! 24h d>B d! 24h d>B d!", ""},
+
+		// Two at once.
+		{"to and fro", "A B d>A d+ 1m d>B d! 100s d+ d>A d!", "A certain"},
+		{"to and fro, without a clock", "A(-490896h) B(-490896h) d>A d+ 1m d>B d! 100s d+ d>A d!", "A certain"},
+		{"to and fro, with one that is wrong", "A(999h) B(-999h) d>A d+ 1m d>B d! 100s d+ d>A d!", "A certain"},
+		{"another daemon brings the word", "A B d>A d+ d>B d! 100s e>B e+ 1s e>A e!", "A certain"},
+		{"both sides see it", "A B d>A d+ d>B d! 100s d+ d>A d! 100s d+ d>B d!", "A certain, B certain"},
+		{"behind the ids of a relay before both", "A e>A e+ d>A d+ 1h B C e>B e! d>B d! d+ 1m d>C d! e>C e! 100s d+ d>B d!", "B certain"},
+		{"three of them", "A B C d>A d+ d>B d! 100s d+ d>C d! 100s d+ d>A d!", "A certain"},
+		{"one changes sides", "A B d>A 25h30m d+ 2m d+ d>B d! 1m d>B d! 1m d>B d!", "B suspected"},
+		{"two change sides", "A B d>A e>A 25h30m d+ 2m e+ d>B d! e>B e!", "B suspected"},
+		{"one changes sides once", "A B d>A 25h30m d+ 2m d+ d>B d! d! d! 1m d>B d!", ""},
+		{"one that came later", "A 62m B d>B d+ 2m e>B e+ 1m d>A d! e>A e!", "A suspected"},
+		{"one that came soon after", "A 59m B d>B d+ 2m e>B e+ 1m d>A d! e>A e!", ""},
+		{"a backend that failed and came back", "A B d>A d+ 1m C d>B d! d+ 1h d>C d! 100s d+ d>B d!", "B certain"},
+	} {
+		t.Run(test.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				h := newHistory(t)
+				if h.play(test.script); h.found() != test.want {
+					t.Errorf("found %q, want %q\n%s", h.found(), test.want, h.logs.String())
+				}
+			})
+		})
+	}
+}
+
+// randomHistory is one out of a seed. What it does is kept, for whom a failure puzzles.
+type randomHistory struct {
+	*history
+	*rand.Rand
+	script []string
+	up     []string // names of the relays that serve
+	next   byte     // the name of the next one
+	wild   bool     // clocks may be wrong by anything for ever
+}
+
+func (h *randomHistory) do(step string) {
+	h.script = append(h.script, step)
+	h.play(step)
+}
+
+// passes lets a random time pass, of any order of magnitude up to most.
+func (h *randomHistory) passes(most time.Duration) {
+	h.do(time.Duration(math.Pow(most.Seconds(), h.Float64()) * float64(time.Second)).Round(time.Second).String())
+}
+
+// starts a relay. Its clock is right within half an hour, or has no battery and is set a minute later,
+// or never; or it is wild.
+func (h *randomHistory) starts() string {
+	name := string(h.next)
+	h.next++
+	wrong := time.Duration(h.IntN(3600)-1800) * time.Second
+	far := time.Duration(math.Pow(24*365*24, h.Float64()) * float64(time.Hour)).Round(time.Second)
+	const unset = -30 * 365 * 24 * time.Hour
+	k := h.IntN(12)
+	switch {
+	case h.wild && k < 3:
+		h.do(fmt.Sprintf("%s(%v)", name, far))
+	case k < 3:
+		h.do(fmt.Sprintf("%s(%v)", name, -far))
+	case k == 4:
+		h.do(fmt.Sprintf("%s(%v)", name, unset-far))
+	default:
+		h.do(fmt.Sprintf("%s(%v)", name, wrong))
+	}
+	if k < 4 && !h.wild {
+		h.do("1m")
+		h.do(fmt.Sprintf("%s=%v", name, wrong))
+	}
+	h.up = append(h.up, name)
+	return name
+}
+
+// stops a relay. Its daemons lose it, and will come back.
+func (h *randomHistory) stops(i int) {
+	for _, d := range h.daemons {
+		if d.at != nil && d.at.relay == h.relays[h.up[i]] {
+			d.at = nil
+		}
+	}
+	h.up = slices.Delete(h.up, i, i+1)
+}
+
+// acts lets a daemon do something.
+func (h *randomHistory) acts() {
+	d := string(rune('a' + h.IntN(4)))
+	k := h.IntN(12)
+	if h.daemon(d).at == nil || k < 3 {
+		h.do(d + ">" + h.up[h.IntN(len(h.up))])
+		if h.IntN(4) > 0 {
+			h.do(d + "!") // the habit: what it has to say it says to all
+		}
+		return
+	}
+	switch n := len(h.daemon(d).ids); {
+	case k < 7:
+		h.do(d + "+")
+	case k < 9:
+		h.do(d + "!")
+	case k < 11 && n > 0:
+		h.do(fmt.Sprintf("%s%d!", d, h.IntN(min(n, 10))))
+	case k == 11 && h.IntN(5) == 0:
+		h.do(d + "-")
+	}
+}
+
+// honest is a history of one relay at a time, but for handovers.
+func (h *randomHistory) honest() {
+	h.starts()
+	for range 20 + h.IntN(100) {
+		if h.next > 'X' { // letters are names
+			return
+		}
+		h.acts()
+		h.passes(12 * time.Hour)
+		switch h.IntN(15) {
+		case 0: // a restart, or a migration
+			h.stops(0)
+			h.passes(12 * time.Hour)
+			h.starts()
+		case 1: // a rolling update, of which one in four is taken back
+			h.starts()
+			for range h.IntN(8) {
+				h.acts()
+				h.passes(10 * time.Second)
+			}
+			h.stops(h.IntN(4) / 3)
+		}
+	}
+}
+
+// split is a history of two relays at a time, each of which may be replaced. In the end a daemon
+// goes to and fro.
+func (h *randomHistory) split() (sees string) {
+	h.starts()
+	h.starts()
+	for range 20 + h.IntN(100) {
+		h.acts()
+		h.passes(12 * time.Hour)
+		if h.IntN(15) == 0 && h.next < 'Z' {
+			h.stops(h.IntN(2))
+			h.starts()
+		}
+	}
+	for range 3 {
+		h.do("2h")
+		h.do("a>" + h.up[0])
+		h.do("a+")
+		h.do("10m")
+		h.do("a>" + h.up[1])
+		h.do("a!")
+		h.do(h.over.String())
+		h.do("a+")
+		h.do("a>" + h.up[0])
+		h.do("a!")
+	}
+	return h.up[0] + " certain"
+}
+
+// No history of one relay at a time gives an alarm, and no split stays silent. Only clocks that
+// are wrong by much, for ever, can raise a suspicion: how often is logged. PYRYCODE_STRESS_HISTORIES is how many
+// histories of each kind there are, PYRYCODE_STRESS_SEED the first of their seeds.
+func TestIDsTellOfRandomHistories(t *testing.T) {
+	t.Parallel()
+	histories := stressNumber(t, "PYRYCODE_STRESS_HISTORIES", 400)
+	first := stressNumber(t, "PYRYCODE_STRESS_SEED", rand.Uint64N(1<<40))
+	t.Logf("PYRYCODE_STRESS_SEED=%d", first)
+	suspicions := 0
+	type kind struct{ split, wild bool }
+	for seed := first; seed < first+histories; seed++ {
+		for i, k := range []kind{{false, false}, {false, true}, {true, false}, {true, true}} {
+			var h *randomHistory
+			sees := ""
+			synctest.Test(t, func(t *testing.T) {
+				h = &randomHistory{history: newHistory(t), Rand: rand.New(rand.NewPCG(seed, uint64(i))), next: 'A', wild: k.wild}
+				if k.split {
+					sees = h.split()
+				} else {
+					h.honest()
+				}
+			})
+			found := h.found()
+			switch certain := strings.Contains(found, evidenceCertain.String()); {
+			case !k.split && (certain || found != "" && !k.wild), !strings.Contains(found, sees):
+				t.Errorf("seed %d, %+v: found %q, must find %q: %s", seed, k, found, sees, h.script)
+			case !k.split && found != "":
+				suspicions++
+			}
+		}
+	}
+	t.Logf("%d suspicions in %d histories of one relay at a time whose clocks are wrong by up to decades", suspicions, histories)
+}
+
+// FuzzConnTag: what has a tag is what a relay has minted, to the bit, and an envelope brings it as it is.
+func FuzzConnTag(f *testing.F) {
+	for _, id := range []string{
+		newConnID(connTag{}), newConnID(connTag{1, 2, 3, 4}), newConnID(connTag{math.MaxUint64, math.MaxUint32, math.MaxUint32, math.MaxUint64}),
+		"NUSfFUm0TKyZrWnWXx8SDg", "", strings.Repeat("A", 53), strings.Repeat("A", 54), strings.Repeat("A", 53) + "B",
+		strings.Repeat("A", 53) + "=", strings.Repeat("+", 54), strings.Repeat("A", 55), strings.Repeat("A", 53) + "\n", strings.Repeat("\r\n", 27),
+	} {
+		f.Add([]byte(id))
+	}
+	f.Fuzz(func(t *testing.T, id []byte) {
+		tag, ok := parseConnTag(id)
+		want := len(id) == 54 && !bytes.ContainsFunc(id, notInConnID) && strings.IndexByte("AQgw", id[53]) >= 0
+		if ok != want {
+			t.Fatalf("%q: a tag %v, want %v", id, ok, want)
+		}
+		if !ok {
+			return
+		}
+		if again := newConnID(tag); again[22:] != string(id[22:]) || again[:21] == string(id[:21]) {
+			t.Fatalf("%q has the tag %+v, which is minted as %q", id, tag, again)
+		}
+		if e, drop := parseEnvelope([]byte(`{"conn_id":"` + string(id) + `","frame":1}`)); drop != dropNone || !bytes.Equal(e.connID, id) {
+			t.Fatalf("%q arrives as %q, drop %d", id, e.connID, drop)
+		}
+	})
+}
+
+// What a binary's envelope tells of another relay is in the log, once an hour, in /healthz for a day, and
+// counted once for each new id. It ends nothing.
+func TestIDsReport(t *testing.T) {
+	t.Parallel()
+	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+		time.Sleep(time.Second)
+		b, ph, id := r.pair("id")
+		shows := func(split string, certain, lines int) {
+			t.Helper()
+			ph.greet(b) // what was sent before has been read
+			if _, body := r.ask(get("/healthz")...); !strings.Contains(body, `"split_seen":"`+split+`"`) {
+				t.Errorf("/healthz does not say %s: %s", split, body)
+			}
+			if got := r.metrics.splitSeen[evidenceCertain].Load(); got != int64(certain) {
+				t.Errorf("%d ids counted, want %d", got, certain)
+			}
+			if got := strings.Count(r.logs.String(), "multi-instance deploy detected"); got != lines {
+				t.Errorf("%d lines in the log, want %d", got, lines)
+			}
+		}
+		other := connTag{relay: 0xabc, age: 100, after: r.me}
+		mine, _ := parseConnTag([]byte(id))
+		if mine.relay != r.me || mine.after != 0 {
+			t.Errorf("%s has the tag %+v", id, mine)
+		}
+		for _, id := range []string{id + "x", newConnID(mine), newConnID(connTag{}), newConnID(connTag{relay: 0xabc, age: 99, after: 7})} {
+			b.send(id, "1")
+		}
+		shows("none", 0, 0)
+		for range 3 {
+			b.send(newConnID(other), "1")
+		}
+		shows("certain", 1, 1)
+		for _, words := range []string{"level=ERROR", "evidence=certain", "other=0000000000000abc", "server=id", "remedy="} {
+			if !strings.Contains(r.logs.String(), words) {
+				t.Errorf("the log lacks %s", words)
+			}
+		}
+		other.age = 200
+		b.send(newConnID(other), "1")
+		shows("certain", 2, 1)
+		time.Sleep(time.Hour)
+		b, ph, _ = r.pair("another")
+		other.age = 300
+		b.send(newConnID(other), "1")
+		shows("certain", 3, 2)
+		time.Sleep(24*time.Hour + time.Second)
+		b, ph, _ = r.pair("id")
+		b.send(newConnID(other), "1")
+		shows("none", 3, 2)
+	})
+}
+
+// However many relays a binary makes up, few are kept.
+func TestIDsBound(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	b, _ := memBinary(t, r.relay, "server")
+	defer b.free(r.newBatch())
+	for i := range uint64(10 * maxOthers) {
+		b.strange([]byte(newConnID(connTag{relay: i + 1})))
+	}
+	if n := len(r.others.seen); n != maxOthers {
+		t.Errorf("%d relays are kept, want %d", n, maxOthers)
+	}
 }

@@ -4,7 +4,6 @@ import (
 	"bufio"
 	"cmp"
 	"context"
-	"crypto/rand"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -41,6 +40,7 @@ type relay struct {
 	// Set at the start.
 	o        options
 	id       identity
+	me       uint64 // id.id as a number
 	build    buildVersion
 	log      *slog.Logger
 	metrics  *metrics
@@ -53,6 +53,7 @@ type relay struct {
 	seed     maphash.Seed
 	started  time.Time
 	registry registry
+	others   others
 
 	clock    clock
 	refusals logGate
@@ -107,6 +108,8 @@ func makeRelay(o options, id identity, build buildVersion, instance *instanceSta
 	r.instance.waits.Store(o.publicURL != nil && !o.bypass)
 	r.buffers.budget = &budget{limit: o.queueTotal}
 	r.registry.relay = r
+	r.others.seen = map[uint64]*otherRelay{}
+	r.me, _ = strconv.ParseUint(id.id, 16, 64) // it is one
 	r.metrics = newMetrics(id, build, instance, r.buffers.budget)
 	r.fallback = newGoPoller(r)
 	return r
@@ -124,7 +127,7 @@ func (r *relay) loop(serverID string) poller {
 func (r *relay) standing() standing {
 	m := r.metrics
 	users := m.connectedBinaries.Load()+m.binariesInGrace.Load() > r.registry.checks.Load()
-	return standing{time.Since(r.started), users, r.instance.yields.Load(), r.instance.waits.Load(), r.draining.Load()}
+	return standing{r.age(), users, r.instance.yields.Load(), r.instance.waits.Load(), r.draining.Load()}
 }
 
 // greeting is in every answer of the WebSocket endpoints and of /readyz.
@@ -182,12 +185,13 @@ func (r *relay) health(w http.ResponseWriter) {
 		Instance string `json:"instance"`
 		Check    string `json:"instance_check"`
 		Unseen   int64  `json:"instance_check_unseen"`
+		Split    string `json:"split_seen"`
 		Binaries int64  `json:"connected_binaries"`
 		Phones   int64  `json:"connected_phones"`
 		Uptime   int64  `json:"uptime_seconds"`
 	}{
-		status, r.build.version, r.id.id, r.instance.verdict().String(), r.instance.unseen.Load(),
-		r.metrics.connectedBinaries.Load(), r.metrics.connectedPhones.Load(), int64(time.Since(r.started) / time.Second),
+		status, r.build.version, r.id.id, r.instance.verdict().String(), r.instance.unseen.Load(), r.others.verdict(r.age()).String(),
+		r.metrics.connectedBinaries.Load(), r.metrics.connectedPhones.Load(), int64(r.age() / time.Second),
 	})
 }
 
@@ -239,7 +243,7 @@ func (r *relay) serve(w http.ResponseWriter, q *http.Request, role role) {
 	if role == roleBinary && from.proxied && r.o.publicURL == nil {
 		r.suggestName(q)
 	}
-	r.begin(newSession(r, from, newConnID()), from, nc, first, answer)
+	r.begin(newSession(r, from, r.newConnID()), from, nc, first, answer)
 }
 
 // hostName is a name with a dot, and perhaps a port.
@@ -488,14 +492,6 @@ func newSession(r *relay, from caller, id string) *session {
 	return s
 }
 
-// newConnID is 128 random bits: the daemon keeps sessions by conn_id for as
-// long as it lives, so none may repeat, not even after a restart of the relay.
-func newConnID() string {
-	var b [16]byte
-	rand.Read(b[:])
-	return base64.RawURLEncoding.EncodeToString(b[:])
-}
-
 // begin takes an upgraded connection into its session: a poller takes it over, the
 // registry takes it in, and then the 101 goes out, with what is queued behind it
 // by now, and reading starts. first is what came behind the request.
@@ -642,6 +638,7 @@ func (s *session) toPhone(w *writeBatch, op byte, p []byte) {
 	ph := srv.phones[string(env.connID)]
 	if ph == nil || srv.binary != s {
 		srv.mu.Unlock()
+		s.strange(env.connID)
 		level := slog.LevelWarn
 		if env.frame == nil {
 			level = slog.LevelDebug // a daemon closes a phone of whose end it has just been told
