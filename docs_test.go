@@ -56,8 +56,8 @@ func TestDocsFlags(t *testing.T) {
 	known := map[string]bool{}
 	o.flags().VisitAll(func(f *flag.Flag) { known["-"+f.Name] = true; known[envName(f.Name)] = true })
 	known[bypassName] = true
-	// Of other commands, and of probe.
-	for _, other := range []string{"-h", "-n", "-idle", "-json", "-run", "-bench", "-benchmem", "-ni"} {
+	// Of other commands, of probe and of status.
+	for _, other := range []string{"-h", "-watch", "-n", "-idle", "-json", "-run", "-bench", "-benchmem", "-ni"} {
 		known[other] = true
 	}
 	mention := regexp.MustCompile("`(-[a-z][a-z-]*)|(PYRYCODE_RELAY_[A-Z_]+)")

@@ -53,6 +53,8 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 			args = []string{"-h"}
 		case "probe":
 			return runProbe(ctx, args[1:], stdout, stderr)
+		case "status", "health":
+			return runAsk(ctx, args[0], args[1:], env, stdout, stderr)
 		}
 	}
 	o, err := parseOptions(args, env)
@@ -93,8 +95,8 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 	}
 	defer lock.Close()
 	allowed, from := memoryAllowed("")
-	warnFiles(o, fileLimit(), log)
-	warnMemory(o, allowed, from, log)
+	warnFiles(o, fileLimit(), keep(log, &state.filesWarning))
+	warnMemory(o, allowed, from, keep(log, &state.memoryWarning))
 	defer debug.SetMemoryLimit(limitMemory(o, allowed))
 
 	public, err := listen("-listen", o.listen)
@@ -121,13 +123,11 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 	failed := make(chan error, 2)
 	doors := map[net.Listener]*http.Server{public: serveHTTP(public, r, r, failed)}
 	if admin != nil {
-		mux := http.NewServeMux()
-		mux.Handle("GET /metrics", r.metrics)
-		doors[admin] = serveHTTP(admin, mux, r, failed)
+		doors[admin] = serveHTTP(admin, r.admin(), r, failed)
 	}
 	log.Info("listening", "addr", addr, "admin", adminAddr, "version", build.version, "instance", id.id)
 	if !o.bypass {
-		log.Info("this is the only relay on this host; next: put a TLS proxy in front, and try it with: "+
+		log.Info(onlyRelayText+"; next: put a TLS proxy in front, and try it with: "+
 			programName+" probe ws://"+addr, "lock", strings.Join(o.instanceLock, ","))
 	}
 
@@ -168,8 +168,9 @@ func holdInstance(o options, log *slog.Logger, state *instanceState, info lockIn
 	} else if err != nil {
 		found = err.Error()
 	}
-	log.Warn("SINGLE-INSTANCE CHECK BYPASSED by "+bypassName+"=1: with a second relay behind the same name, phones get 4404 although "+
-		"their binary is online, and no log says why; for an emergency or a migration only: unset it as soon as that is over", "found", found)
+	keep(log, &state.hostWarning).Warn("SINGLE-INSTANCE CHECK BYPASSED by "+bypassName+"=1: with a second relay behind the same name, "+
+		"phones get 4404 although their binary is online, and no log says why; for an emergency or a migration only: "+
+		"unset it as soon as that is over", "found", found)
 	return lock, nil
 }
 

@@ -209,10 +209,15 @@ func TestProgramPages(t *testing.T) {
 		{p.addr + "/healthz", 200, `"status":"ok"`},
 		{p.addr + "/metrics", 404, ""},
 		{p.admin + "/metrics", 200, "pyrycode_relay_connected_binaries 0\n"},
-		{p.admin + "/", 404, ""},
+		{p.admin + "/", 200, "<!doctype html>"},
+		{p.admin + "/status.json", 200, `"ok":true`},
+		{p.admin + "/healthz", 200, `"status":"ok"`},
+		{p.admin + "/readyz", 200, "ready\n"},
+		{p.admin + "/index.html", 404, ""},
 		{p.admin + "/v2/server", 404, ""},
 		{p.admin + "/debug/pprof/", 404, ""},
 		{off.addr + "/metrics", 404, ""},
+		{off.addr + "/status.json", 404, ""},
 		{"127.0.0.1:" + port + "/metrics", 200, ""},
 	} {
 		if status, body := fetch(t, "http://"+c.url); status != c.status || !strings.Contains(body, c.body) {
@@ -357,8 +362,8 @@ func TestOptionsRefused(t *testing.T) {
 		// What is not there.
 		{"", "-port 80", []string{"-port", "-h lists the flags"}},
 		{"", "-grace", []string{"-grace", "needs an argument"}},
-		{"", "serve", []string{`unknown command "serve"`, "help, version and probe", "-h"}},
-		{"", "-grace 1s serve", []string{`unknown command "serve"`, "help, version and probe", "-h"}},
+		{"", "serve", []string{`unknown command "serve"`, "help, version, probe, status and health", "-h"}},
+		{"", "-grace 1s serve", []string{`unknown command "serve"`, "help, version, probe, status and health", "-h"}},
 		{"PORT=8080", "", []string{"unknown variable PYRYCODE_RELAY_PORT"}}, // none of Kubernetes' values
 	} {
 		var env []string
@@ -465,7 +470,7 @@ func TestOptionsHelp(t *testing.T) {
 		}
 	}
 	for _, word := range []string{
-		"pyrycode-relay version", "pyrycode-relay probe", "pyrycode-relay help",
+		"pyrycode-relay version", "pyrycode-relay probe", "pyrycode-relay help", "pyrycode-relay status", "pyrycode-relay health",
 		"\n  --insecure-listen and --metrics-listen are other names of -listen and -admin.\n", "-drain duration\n", "-admin-any\n",
 		bypassName + "=1", "SIGTERM, SIGINT and SIGHUP drain and stop", "will reload certificates on SIGHUP",
 		"0 asked to stop, 1 failure while running, 2 refused to start",
@@ -781,9 +786,10 @@ func TestLogHasNothingForbidden(t *testing.T) {
 			sessionsWithSecrets(p)
 			refusalsWithSecrets(p)
 			_, page := fetch(t, "http://"+p.admin+"/metrics")
+			_, status := fetch(t, "http://"+p.admin+"/status.json")
 			drainWithSecrets(p)
 
-			for _, line := range strings.Split(p.stderr.String()+page, "\n") {
+			for _, line := range strings.Split(p.stderr.String()+page+status, "\n") {
 				if strings.Contains(strings.ToLower(line), secret) {
 					t.Errorf("forbidden: %s", line)
 				}

@@ -77,8 +77,9 @@ func (o *options) flags() *flag.FlagSet {
 	fs.Usage = func() {}
 	add(fs, "listen", &o.listen, "127.0.0.1:8080", parseAddress, "`address` of the public listener: plain HTTP, for a TLS proxy in front")
 	add(fs, "admin", &o.admin, "127.0.0.1:8081", parseAdmin,
-		"`address` of /metrics, loopback only unless -admin-any; \"off\" or an empty value turns it off")
-	add(fs, "admin-any", &o.adminAny, false, parseTruth, "let -admin be any address: whoever reaches it reads the metrics")
+		"`address` of the status page and /metrics, loopback only unless -admin-any; \"off\" or an empty value turns it off")
+	add(fs, "admin-any", &o.adminAny, false, parseTruth,
+		"let -admin be any address: whoever reaches it sees how many are connected, how much they send and when, and no content")
 	add(fs, "instance-lock", &o.instanceLock, "127.0.0.1:24404", parseLocks,
 		"loopback `addresses` to bind and files to lock, which no other relay on this host, or that sees the file, can have as well")
 	add(fs, "public-url", &o.publicURL, "", parsePublicURL,
@@ -172,7 +173,7 @@ func parseOptions(args []string, env map[string]string) (options, error) {
 		return o, fmt.Errorf("%w (-h lists the flags)", err)
 	}
 	if fs.NArg() > 0 {
-		return o, fmt.Errorf("unknown command %q: the commands are help, version and probe, each before its own flags; "+
+		return o, fmt.Errorf("unknown command %q: the commands are help, version, probe, status and health, each before its own flags; "+
 			"-h lists the flags of the relay", fs.Arg(0))
 	}
 	err := checkVariables(env)
@@ -282,6 +283,9 @@ func writeUsage(w io.Writer) {
 
   pyrycode-relay [flags]        run the relay
   pyrycode-relay probe URL      check a relay from outside (probe -h)
+  pyrycode-relay status [-watch]
+                                ask the running relay, on its -admin, how it is
+  pyrycode-relay health         the same in one line, for containers: exit code 0 or 1
   pyrycode-relay version        version, VCS revision, Go version (or --version)
   pyrycode-relay help           this text (or -h)
 

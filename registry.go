@@ -596,7 +596,7 @@ func (b *session) strange(id []byte) {
 		return
 	}
 	o.told = now
-	r.log.Log(context.Background(), [...]slog.Level{slog.LevelError, slog.LevelWarn}[e], [...]string{
+	keep(r.log, &r.instance.idsWarning).Log(context.Background(), [...]slog.Level{slog.LevelError, slog.LevelWarn}[e], [...]string{
 		"multi-instance deploy detected: this relay and another one serve binaries in turn",
 		"multi-instance deploy suspected: by its clock another relay has served binaries while this one was up",
 	}[e]+"; "+lostPhone+": run exactly one", "evidence", e, "other", fmt.Sprintf("%016x", t.relay), "instance", r.id.id,

@@ -48,6 +48,8 @@ type relay struct {
 	buffers  bufferPool
 	instance *instanceState
 	probes   *probeKeys
+	history  *recent[sample]
+	ended    *recent[closedConnection]
 	loops    []poller
 	fallback *goPoller
 	seed     maphash.Seed
@@ -96,6 +98,8 @@ func makeRelay(o options, id identity, build buildVersion, instance *instanceSta
 	r := &relay{
 		o: o, id: id, build: build, log: log, instance: instance, probes: probes,
 		rates:    newRates(o, time.Now),
+		history:  newRecent[sample](samplesKept + 1),
+		ended:    newRecent[closedConnection](closedKept),
 		seed:     maphash.MakeSeed(),
 		started:  time.Now(),
 		clock:    clock{start: time.Now()},
@@ -153,7 +157,8 @@ func (r *relay) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 	case "/v1/client", "/v2/client":
 		r.serve(w, q, rolePhone)
 	case "/healthz":
-		r.health(w)
+		w.Header().Set("Content-Type", "application/json")
+		json.NewEncoder(w).Encode(r.health())
 	case "/readyz":
 		maps.Copy(w.Header(), r.greeting())
 		switch {
@@ -173,26 +178,28 @@ func (r *relay) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 	}
 }
 
-func (r *relay) health(w http.ResponseWriter) {
+// healthReport is /healthz.
+type healthReport struct {
+	Status   string `json:"status"` // ok or draining
+	Version  string `json:"version"`
+	Instance string `json:"instance"`
+	Check    string `json:"instance_check"`        // a publicVerdict
+	Unseen   int64  `json:"instance_check_unseen"` // addresses
+	Split    string `json:"split_seen"`            // an evidence
+	Binaries int64  `json:"connected_binaries"`
+	Phones   int64  `json:"connected_phones"`
+	Uptime   int64  `json:"uptime_seconds"`
+}
+
+func (r *relay) health() healthReport {
 	status := "ok"
 	if r.draining.Load() {
 		status = "draining"
 	}
-	w.Header().Set("Content-Type", "application/json")
-	json.NewEncoder(w).Encode(struct {
-		Status   string `json:"status"`
-		Version  string `json:"version"`
-		Instance string `json:"instance"`
-		Check    string `json:"instance_check"`
-		Unseen   int64  `json:"instance_check_unseen"`
-		Split    string `json:"split_seen"`
-		Binaries int64  `json:"connected_binaries"`
-		Phones   int64  `json:"connected_phones"`
-		Uptime   int64  `json:"uptime_seconds"`
-	}{
+	return healthReport{
 		status, r.build.version, r.id.id, r.instance.verdict().String(), r.instance.unseen.Load(), r.others.verdict(r.age()).String(),
 		r.metrics.connectedBinaries.Load(), r.metrics.connectedPhones.Load(), int64(r.age() / time.Second),
-	})
+	}
 }
 
 // ---- gates ----
@@ -699,15 +706,21 @@ func (s *session) closed(w *writeBatch) {
 	s.mu.Lock()
 	reason, code, txFrames, txBytes := s.endReason, s.endCode, s.txFrames, s.txBytes
 	s.mu.Unlock()
+	lasted, server := time.Duration(w.now-s.opened), ""
+	if s.server != nil {
+		server = shortID(s.server.id)
+	}
 	if !s.probe {
 		r.metrics.closes[s.role][reason].Add(1)
+		r.ended.add(closedConnection{time.Now().UTC(), s.role.String(), server, lasted.Milliseconds(),
+			s.rxFrames, s.rxBytes, txFrames, txBytes, code, reason.String()})
 	}
 	switch {
 	case s.server == nil || reason == endAlreadyClaimed: // refused, which has had its line
 	case s.contends():
 		s.log("claim withdrawn", "addr", s.addr, "code", code, "reason", reason)
 	default:
-		s.log("disconnected", "duration", time.Duration(w.now-s.opened),
+		s.log("disconnected", "duration", lasted,
 			"frames_in", s.rxFrames, "bytes_in", s.rxBytes, "frames_out", txFrames, "bytes_out", txBytes,
 			"code", code, "reason", reason)
 	}
@@ -788,7 +801,7 @@ func (r *relay) sweep() {
 	defer tick.Stop()
 	w := r.newBatch()
 	var all []*session
-	told := int64(0)
+	told, sampled := int64(0), int64(0)
 	for {
 		select {
 		case <-r.quit:
@@ -808,6 +821,10 @@ func (r *relay) sweep() {
 		clear(all)
 		r.registry.expire(w, w.now)
 		w.flush()
+		if w.now >= sampled {
+			r.history.add(r.metrics.sample(w.now))
+			sampled = max(sampled, w.now-int64(sampleEvery)) + int64(sampleEvery)
+		}
 		r.trim()
 	}
 }

@@ -149,6 +149,8 @@ type instanceState struct {
 	yields   atomic.Bool   // this relay is about to give way to another
 	unseen   atomic.Int64  // addresses of the public name that the last round could not reach
 	waits    atomic.Bool   // users are not let in before the first round is over; once they are, this is over for good
+
+	hostWarning, filesWarning, memoryWarning, publicWarning, idsWarning atomic.Pointer[warning] // the log's latest, nil for none
 }
 
 func (s *instanceState) verdict() publicVerdict { return publicVerdict(s.public.Load()) }
@@ -671,8 +673,8 @@ type observation struct {
 func newPublicCheck(o options, r *relay) *publicCheck {
 	c := &publicCheck{
 		me: r.id, began: r.started, standing: r.standing, keys: r.probes, bypass: o.bypass, pace: o.checkPace,
-		pause: min(o.checkPace.again/10, longestPause), state: r.instance, log: r.log, leave: make(chan error, 1),
-		hints: r.hints,
+		pause: min(o.checkPace.again/10, longestPause), state: r.instance, leave: make(chan error, 1),
+		log: keep(r.log, &r.instance.publicWarning), hints: r.hints,
 	}
 	if o.publicURL != nil {
 		c.url, c.dialer.base, c.round = o.publicURL.String(), o.publicURL, c.look
@@ -1052,7 +1054,7 @@ func (c *publicCheck) report(f roundResult, now time.Time) {
 		c.log.Warn("public name verified "+c.unseen+": who looks from where they can, should see this relay",
 			"url", c.url, "phones", f.joins, "remedy", "run "+programName+" probe from there")
 	case f.verdict == publicVerified:
-		c.log.Info("public name verified: it leads to this relay and to no other", "url", c.url, "phones", f.joins)
+		c.log.Info(nameVerifiedText, "url", c.url, "phones", f.joins)
 	case f.verdict == publicSplit:
 		next := "the other one stops if it has -public-url, too"
 		for _, other := range f.others {

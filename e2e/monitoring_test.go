@@ -184,16 +184,10 @@ func TestMonitoring(t *testing.T) {
 	})
 }
 
-// TestMonitoringSnippets: what the snippets of docs/operations.md read is in
-// /healthz.
-func TestMonitoringSnippets(t *testing.T) {
-	t.Parallel()
-	b, err := os.ReadFile("../docs/operations.md")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var fields map[string]any
-	resp, err := http.Get("http://" + startRelay(t).addr + "/healthz")
+// get reads a JSON page.
+func get(t *testing.T, url string) (fields map[string]any) {
+	t.Helper()
+	resp, err := http.Get(url)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -201,13 +195,31 @@ func TestMonitoringSnippets(t *testing.T) {
 	if err := json.NewDecoder(resp.Body).Decode(&fields); err != nil {
 		t.Fatal(err)
 	}
+	return fields
+}
+
+// TestMonitoringSnippets: what the snippets of docs/operations.md read is in
+// /healthz, and in /status.json, where Homepage reads it.
+func TestMonitoringSnippets(t *testing.T) {
+	t.Parallel()
+	b, err := os.ReadFile("../docs/operations.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	admin := freeAddr(t)
+	health := get(t, "http://"+startRelay(t, "-admin", admin).addr+"/healthz")
+	status := get(t, "http://"+admin+"/status.json")
 	read := regexp.MustCompile(`\[BODY\]\.(\w+)|field: (\w+)|query\n`+"`(\\w+)`").FindAllStringSubmatch(string(b), -1)
 	if len(read) != 8 {
 		t.Fatalf("docs/operations.md reads %d fields", len(read))
 	}
 	for _, m := range read {
-		if _, ok := fields[m[1]+m[2]+m[3]]; !ok {
-			t.Errorf("docs/operations.md reads %q, which /healthz does not have", m[1]+m[2]+m[3])
+		page := health
+		if m[2] != "" {
+			page = status
+		}
+		if _, ok := page[m[1]+m[2]+m[3]]; !ok {
+			t.Errorf("docs/operations.md reads %q, which is not there: %v", m[1]+m[2]+m[3], page)
 		}
 	}
 }
