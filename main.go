@@ -121,9 +121,9 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 	r.metrics.logLost = &w.lost
 	lock.serving(r, addr, adminAddr)
 	failed := make(chan error, 2)
-	doors := map[net.Listener]*http.Server{public: serveHTTP(public, r, r, failed)}
+	doors := []door{openDoor(public, r, r, failed)}
 	if admin != nil {
-		doors[admin] = serveHTTP(admin, r.admin(), r, failed)
+		doors = append(doors, openDoor(admin, r.admin(), r, failed))
 	}
 	log.Info("listening", "addr", addr, "admin", adminAddr, "version", build.version, "instance", id.id)
 	if !o.bypass {
@@ -191,15 +191,23 @@ func listen(flag, addr string) (net.Listener, error) {
 // newAcceptor is what stands between a listener and net/http; accept_linux.go has one.
 var newAcceptor = func(ln net.Listener) (net.Listener, error) { return ln, nil }
 
-// serveHTTP serves h on ln for r, and reports an end other than by closing either.
-func serveHTTP(ln net.Listener, h http.Handler, r *relay, failed chan<- error) *http.Server {
-	s := newServer(h, r)
+// door is a listener and what serves it.
+type door struct {
+	ln     net.Listener
+	server *http.Server
+	shut   chan struct{} // nothing is accepted any more
+}
+
+// openDoor serves h on ln for r, and reports an end other than by closing either.
+func openDoor(ln net.Listener, h http.Handler, r *relay, failed chan<- error) door {
+	d := door{ln, newServer(h, r), make(chan struct{})}
 	go func() {
-		if err := s.Serve(guests{ln}); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+		defer close(d.shut)
+		if err := d.server.Serve(guests{ln}); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
 			failed <- fmt.Errorf("serving %s: %w", ln.Addr(), err)
 		}
 	}()
-	return s
+	return d
 }
 
 // newServer bounds what strangers can make net/http hold; guests are its listener.
@@ -219,19 +227,25 @@ func newServer(h http.Handler, r *relay) *http.Server {
 // stop drains r: the listeners close first, then every peer is told. Until that is
 // over, a load balancer that keeps a connection alive for its questions is
 // answered 503. It reports false if a second signal came meanwhile.
-func stop(r *relay, doors map[net.Listener]*http.Server, signals <-chan os.Signal, deadline time.Duration) bool {
+func stop(r *relay, doors []door, signals <-chan os.Signal, deadline time.Duration) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), deadline)
 	defer cancel()
 	r.draining.Store(true)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		for ln := range doors {
-			ln.Close()
+		for _, d := range doors {
+			d.ln.Close()
+			<-d.shut
 		}
 		r.drain(ctx)
-		for _, s := range doors {
-			s.Close()
+		// What was accepted last is answered.
+		last, cancel := context.WithTimeout(context.Background(), lingerTime)
+		defer cancel()
+		for _, d := range doors {
+			if d.server.Shutdown(last) != nil {
+				d.server.Close()
+			}
 		}
 	}()
 	select {

@@ -142,6 +142,47 @@ func TestProgramIsNotReadyWhileDraining(t *testing.T) {
 	}
 }
 
+// A request that is under way when the relay stops is answered, if that does not take
+// for ever: its connection is no longer in the socket.
+func TestProgramAnswersWhatItHasAccepted(t *testing.T) {
+	t.Parallel()
+	for lasts, want := range map[time.Duration]string{lingerTime / 2: "HTTP/1.1 200 OK", time.Hour: ""} {
+		onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+			ln := &pipeListener{conns: make(chan net.Conn), done: make(chan struct{})}
+			over := make(chan struct{})
+			defer close(over)
+			slow := http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+				select {
+				case <-time.After(lasts):
+				case <-over:
+				}
+			})
+			d := openDoor(ln, slow, r.relay, make(chan error, 1))
+			nc, err := ln.dial()
+			if err != nil {
+				t.Fatal(err)
+			}
+			answer := make(chan string)
+			go func() {
+				io.WriteString(nc, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+				b, _ := io.ReadAll(nc)
+				line, _, _ := strings.Cut(string(b), "\r\n")
+				answer <- line
+			}()
+			synctest.Wait() // it is being answered
+			r.srv.Close()
+			start := time.Now()
+			r.once.Do(func() { stop(r.relay, []door{d}, nil, time.Minute) })
+			if took := time.Since(start); took > lingerTime {
+				t.Errorf("the end took %v", took)
+			}
+			if got := <-answer; got != want {
+				t.Errorf("a request that takes %v was answered %q, want %q", lasts, got, want)
+			}
+		})
+	}
+}
+
 func TestProgramPortInUse(t *testing.T) {
 	t.Parallel()
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
