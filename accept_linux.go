@@ -41,12 +41,17 @@ func acceptBare(ln net.Listener) (net.Listener, error) {
 	}
 	raw, err := f.SyscallConn()
 	if err == nil {
+		listens := 0 // a socket that was passed to this process may be a connection
 		err = raw.Control(func(fd uintptr) {
+			listens, _ = syscall.GetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_ACCEPTCONN)
 			// What is accepted inherits it.
 			syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, syscall.TCP_NODELAY, 1)
 			// The kernel keeps a connection until its first byte is there (tcp(7)).
 			syscall.SetsockoptInt(int(fd), syscall.IPPROTO_TCP, syscall.TCP_DEFER_ACCEPT, int(greetTime/time.Second))
 		})
+		if err == nil && listens == 0 {
+			err = errNotListening
+		}
 	}
 	if err != nil {
 		f.Close()

@@ -32,7 +32,11 @@ import (
 const programName = "pyrycode-relay"
 
 func main() {
-	os.Exit(run(context.Background(), os.Args[1:], environment(os.Environ()), os.Stdout, os.Stderr))
+	env := environment(os.Environ())
+	for _, name := range managerNames {
+		os.Unsetenv(name)
+	}
+	os.Exit(run(context.Background(), os.Args[1:], env, os.Stdout, os.Stderr))
 }
 
 // Exit codes.
@@ -66,7 +70,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 	if err == nil {
 		signal.Ignore(syscall.SIGPIPE) // a log whose reader is gone ends nothing
 		w := &logWriter{out: stderr, lostLine: o.lostLine}
-		code, err = serve(ctx, o, w)
+		code, err = serve(ctx, o, env, w)
 		w.Close()
 	}
 	if err != nil {
@@ -79,7 +83,7 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 
 // serve runs a relay from the instance lock to the end of the drain. An error is
 // why it did not start; what goes wrong later is logged.
-func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
+func serve(ctx context.Context, o options, env map[string]string, w *logWriter) (code int, err error) {
 	log := newLogger(w, o)
 	signals := make(chan os.Signal, 2)
 	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
@@ -87,6 +91,13 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 		signal.Notify(signals, syscall.SIGHUP)
 	}
 	defer signal.Stop(signals)
+	manager, err := newManager(env, log)
+	if err == nil {
+		err = manager.standIn(&o)
+	}
+	if err != nil {
+		return exitRefused, err
+	}
 
 	id, build, state := newIdentity(time.Now().Add(o.checkPace.skew)), readBuildVersion(), new(instanceState)
 	lock, err := holdInstance(o, log, state, newLockInfo(id, build.version, o.listen, cmp.Or(o.admin, "off")))
@@ -99,7 +110,7 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 	warnMemory(o, allowed, from, keep(log, &state.memoryWarning))
 	defer debug.SetMemoryLimit(limitMemory(o, allowed))
 
-	public, err := listen("-listen", o.listen)
+	public, err := listen("-listen", o.listen, manager.sockets["listen"])
 	if err != nil {
 		return exitFailed, err
 	}
@@ -107,7 +118,7 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 	addr, adminAddr := public.Addr().String(), "off"
 	var admin net.Listener
 	if o.admin != "" {
-		if admin, err = listen("-admin", o.admin); err != nil {
+		if admin, err = listen("-admin", o.admin, manager.sockets["admin"]); err != nil {
 			return exitFailed, err
 		}
 		defer admin.Close()
@@ -133,6 +144,7 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 
 	check := newPublicCheck(o, r)
 	check.start()
+	leave := manager.attend(r)
 	select {
 	case <-ctx.Done():
 		log.Info("shutting down", "deadline", o.drain)
@@ -145,11 +157,13 @@ func serve(ctx context.Context, o options, w *logWriter) (code int, err error) {
 		log.Error(err.Error())
 		code = exitRefused
 	}
+	manager.tell("STOPPING=1")
 	check.stop()
 	if stopped := stop(r, doors, signals, o.drain); !stopped {
 		log.Error("stopped at once by a second signal")
 		return exitFailed, nil
 	}
+	leave()
 	log.Info("stopped", "uptime", time.Duration(r.now()))
 	return code, nil
 }
@@ -174,8 +188,11 @@ func holdInstance(o options, log *slog.Logger, state *instanceState, info lockIn
 	return lock, nil
 }
 
-// listen opens a flag's address.
-func listen(flag, addr string) (net.Listener, error) {
+// listen opens a flag's address, unless the service manager has.
+func listen(flag, addr string, open net.Listener) (net.Listener, error) {
+	if open != nil {
+		return open, nil
+	}
 	var lc net.ListenConfig
 	lc.SetMultipathTCP(false) // it would put a socket of its own before each connection's
 	ln, err := lc.Listen(context.Background(), "tcp", addr)
@@ -239,7 +256,8 @@ func stop(r *relay, doors []door, signals <-chan os.Signal, deadline time.Durati
 			<-d.shut
 		}
 		r.drain(ctx)
-		// What was accepted last is answered.
+		// What was accepted last is answered; what waits in a socket of the service
+		// manager is for the next process.
 		last, cancel := context.WithTimeout(context.Background(), lingerTime)
 		defer cancel()
 		for _, d := range doors {

@@ -10,6 +10,8 @@ import (
 type poller interface {
 	// bind gives c a socket and takes nc over; c.sock.attach starts it.
 	bind(c *conn, nc net.Conn) error
+	// turned reports whether the poller has turned since it was last asked, and makes it turn.
+	turned() bool
 	// stop ends the poller's goroutines, once its connections are gone.
 	stop()
 }
@@ -46,6 +48,9 @@ func (p *goPoller) bind(c *conn, nc net.Conn) error {
 	c.sock = s
 	return nil
 }
+
+// turned is poller's: what turns here are the connections' own goroutines.
+func (p *goPoller) turned() bool { return true }
 
 // stop waits for the goroutines of connections that have all been ended.
 func (p *goPoller) stop() { p.wg.Wait() }

@@ -83,6 +83,7 @@ type epollLoop struct {
 	conns    []*conn    // by file descriptor
 	live     int        // of conns
 	inbox    []*conn    // resumed by others
+	turns    bool       // since turned was last called
 	stopping bool
 
 	// Owned by the loop.
@@ -191,6 +192,17 @@ func (l *epollLoop) post(s *epollSocket) {
 	}
 }
 
+// turned is poller's.
+func (l *epollLoop) turned() (turned bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	turned, l.turns = l.turns || l.stopping, false
+	if !l.stopping { // else it may have ended
+		l.kernel.wake()
+	}
+	return turned
+}
+
 // stop ends the loop once its connections are gone, and waits for that.
 func (l *epollLoop) stop() {
 	l.mu.Lock()
@@ -229,6 +241,7 @@ func (l *epollLoop) turn(idle bool) {
 	l.mu.Lock()
 	posted := l.inbox
 	l.inbox = nil
+	l.turns = true
 	l.mu.Unlock()
 	for _, c := range posted {
 		c.unpause(w)
@@ -522,6 +535,15 @@ func acceptSocket(ln int) (fd int, from netip.AddrPort, err error) {
 		return int(n), netip.AddrPortFrom(netip.AddrFrom4((*syscall.RawSockaddrInet4)(unsafe.Pointer(&sa)).Addr), port), nil
 	}
 	return int(n), netip.AddrPortFrom(netip.AddrFrom16(sa.Addr).Unmap(), port), nil
+}
+
+func init() {
+	monotonic = func() int64 {
+		const clockMonotonic = 1 // clock_gettime(2), which package syscall lacks
+		var ts syscall.Timespec
+		syscall.RawSyscall(syscall.SYS_CLOCK_GETTIME, clockMonotonic, uintptr(unsafe.Pointer(&ts)), 0)
+		return ts.Nano()
+	}
 }
 
 func closeSocket(fd int) { syscall.RawSyscall(syscall.SYS_CLOSE, uintptr(fd), 0, 0) }

@@ -67,6 +67,7 @@ type relay struct {
 	peak     atomic.Int64  // what peers held at most since memory was given back; written by the sweep
 	quit     chan struct{} // ends the sweep
 	swept    chan struct{} // the sweep has ended
+	sweptAt  atomic.Int64  // nanoseconds from started to the end of the latest sweep
 
 	mu       sync.Mutex            // guards what follows
 	live     [roleCount]int        // upgrades under way and connections that are not closed
@@ -826,7 +827,18 @@ func (r *relay) sweep() {
 			sampled = max(sampled, w.now-int64(sampleEvery)) + int64(sampleEvery)
 		}
 		r.trim()
+		r.sweptAt.Store(int64(time.Since(r.started)))
 	}
+}
+
+// turning reports whether all that must not hang turns: the sweep, which takes the
+// locks of every session, and each loop since this was last asked.
+func (r *relay) turning() bool {
+	turning := time.Since(r.started)-time.Duration(r.sweptAt.Load()) < stallFrom
+	for _, l := range r.loops {
+		turning = l.turned() && turning
+	}
+	return turning
 }
 
 // trim gives memory back to the system once what peers hold has halved. Left
