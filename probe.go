@@ -257,7 +257,7 @@ func (p *probe) path(t *dialTrace, err error) {
 	host := p.dialer.base.Hostname()
 	addr, _ := netip.ParseAddr(host)
 	for step := stepDNS; step < stepSession; step++ {
-		took := brief(t.took[step])
+		took := age(t.took[step])
 		switch {
 		case step == stepTLS && p.dialer.base.Scheme == "ws":
 			p.add(probeStep{step.String(), stepSkipped, "ws:// has none: put a TLS proxy in front before others use it", ""})
@@ -377,7 +377,7 @@ func (p *probe) measure(phone *wsPeer) {
 	low, middle, high := took[0], took[len(took)/2], took[len(took)-1]
 	p.report.RoundTrip = &roundTripTimes{millis(low), millis(middle), millis(high)}
 	p.pass("round trip", fmt.Sprintf("phone to binary and back: min %s, median %s, max %s of %d",
-		brief(low), brief(middle), brief(high), roundTrips))
+		age(low), age(middle), age(high), roundTrips))
 }
 
 // large sends what is more than any buffer of a proxy, both ways.
@@ -392,7 +392,7 @@ func (p *probe) large(phone *wsPeer) {
 			"raise what limits messages in the proxy, and -max-frame if it is under 262144; " + d.remedy})
 		return
 	}
-	p.pass("large frame", "200 KiB there and back in "+brief(time.Since(began)))
+	p.pass("large frame", "200 KiB there and back in "+age(time.Since(began)))
 }
 
 // instances tells which relays answered, the oldest first.
@@ -438,7 +438,7 @@ func (p *probe) quiet(ctx context.Context, claim, phone *wsPeer) {
 		if end, ok := errors.AsType[*endError](err); ok && end.code == int(endShutdown.code()) { // said so: no timeout
 			remedy = diagnoseEnd(err).remedy
 		}
-		p.fail("idle", diagnosis{fmt.Sprintf("the %s connection was cut after %s of silence: %v", leg, brief(time.Since(began)), err), remedy})
+		p.fail("idle", diagnosis{fmt.Sprintf("the %s connection was cut after %s of silence: %v", leg, age(time.Since(began)), err), remedy})
 	}
 	answered := make(chan struct{}, 1)
 	phone.serve(func([]byte) { answered <- struct{}{} })
@@ -456,7 +456,7 @@ func (p *probe) quiet(ctx context.Context, claim, phone *wsPeer) {
 			cut("phone's", fmt.Errorf("a frame did not come back within %v", stepTime))
 			return
 		case <-answered:
-			p.pass("idle", fmt.Sprintf("the path survived %s of silence", brief(time.Since(began))))
+			p.pass("idle", fmt.Sprintf("the path survived %s of silence", age(time.Since(began))))
 			return
 		case <-ctx.Done():
 			p.add(probeStep{"idle", stepSkipped, "interrupted", ""})
@@ -522,17 +522,6 @@ func isTerminal(w io.Writer) bool {
 	}
 	info, err := f.Stat()
 	return err == nil && info.Mode()&os.ModeCharDevice != 0
-}
-
-// brief is a duration with as many digits as a person reads.
-func brief(d time.Duration) string {
-	switch {
-	case d >= time.Second:
-		return d.Round(100 * time.Millisecond).String()
-	case d >= time.Millisecond:
-		return d.Round(100 * time.Microsecond).String()
-	}
-	return d.Round(time.Microsecond).String()
 }
 
 func millis(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
@@ -724,7 +713,7 @@ func (d *dialer) dial(ctx context.Context, role role, serverID, nonce string) (*
 
 func (d *dialer) resolve(ctx context.Context) (addrs []netip.Addr, err error) {
 	host := d.base.Hostname()
-	if a, err := netip.ParseAddr(host); err == nil {
+	if a, err := netip.ParseAddr(host); err == nil { // a resolver would lose its zone
 		return []netip.Addr{a}, nil
 	}
 	addrs, err = cmp.Or(d.net, system).LookupNetIP(ctx, "ip", host)
@@ -1181,6 +1170,12 @@ func age(d time.Duration) string {
 		return fmt.Sprintf("%d days", d/(24*time.Hour))
 	case d >= time.Hour:
 		return fmt.Sprintf("%dh%dm", d/time.Hour, d%time.Hour/time.Minute)
+	case d >= time.Minute:
+		return d.Round(time.Second).String()
+	case d >= time.Second:
+		return d.Round(100 * time.Millisecond).String()
+	case d >= time.Millisecond:
+		return d.Round(100 * time.Microsecond).String()
 	}
-	return d.Round(time.Second).String()
+	return d.Round(time.Microsecond).String()
 }

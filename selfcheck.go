@@ -586,12 +586,11 @@ const (
 	longestRefusal = 5 * time.Second
 	// handOver is between rounds while another relay serves in this one's place.
 	handOver = 1500 * time.Millisecond
-	// handOverLooks are the pages that are asked for then. A balancer that takes turns
-	// at random hides one of two relays from all of them once in 65,536 rounds.
-	handOverLooks = 16
-	// wholeLooks: one in so many rounds is a whole one even so. A balancer that sticks by
-	// server-id leads to the other one for good, and does no harm.
-	wholeLooks = 10
+	// For so many server-ids pages are asked for before a round, two for each, and for
+	// more of them once another relay was met there: a balancer that takes turns at random
+	// hides one of two relays from all 16 pages once in 65,536 rounds.
+	firstIDs    = 2
+	handOverIDs = 8
 )
 
 // checkPace is when the public name is checked.
@@ -653,10 +652,10 @@ type publicCheck struct {
 	wg     sync.WaitGroup
 
 	// Owned by run.
-	refusal   *time.Timer // lets users in where the first round takes long
-	handOvers int         // rounds while another relay serves in this one's place
-	sightings uint32      // a bit for each of splitWindow rounds in which another relay was seen, the last one lowest
-	unseen    string      // what the log says of addresses that could not be reached
+	refusal   *time.Timer  // lets users in where the first round takes long
+	blind     bool         // no relay gives the pages that the check asks for while users are refused
+	sightings uint32       // a bit for each of splitWindow rounds in which another relay was seen, the last one lowest
+	unseen    []netip.Addr // of the verdict in the log
 	changed   time.Time
 	hinted    time.Time               // of the last round that hints have brought about
 	seen      map[string]*observation // by id: other relays, since the split began
@@ -715,9 +714,9 @@ func (c *publicCheck) run(ctx context.Context) {
 		joins, wait = laterJoins, c.pace.every
 		verdict := c.state.verdict()
 		switch {
-		case c.state.waits.Load():
+		case c.state.waits.Load() && !c.blind:
 			joins, wait = firstJoins, min(handOver, c.pace.again)
-		case c.sightings != 0 && verdict != publicSplit:
+		case c.blind && c.state.waits.Load(), c.sightings != 0 && verdict != publicSplit:
 			joins, wait = firstJoins, c.pace.again
 		case verdict != publicVerified && time.Since(c.changed) < 2*c.pace.every:
 			wait = c.pace.again // what has just gone wrong may be over soon
@@ -761,12 +760,6 @@ type outcome struct {
 	diagnosis diagnosis // of publicNotARelay and publicUnreachable
 }
 
-// stays reports whether it is another relay's answer, and that is the one to stay.
-func (r *outcome) stays(me identity) bool {
-	stays, _ := r.other.prevails(me, false)
-	return r.other.id != "" && stays
-}
-
 // roundResult is what one round found.
 type roundResult struct {
 	verdict   publicVerdict // verified, split, not-a-relay or unreachable
@@ -801,9 +794,13 @@ func (c *publicCheck) look(ctx context.Context, joins int) (f roundResult) {
 		f.addrs = len(d.addrs)
 		f.unseen = slices.DeleteFunc(slices.Clone(d.addrs), func(a netip.Addr) bool { return !d.lost[a] })
 	}()
-	if c.state.waits.Load() && c.seen != nil {
-		if c.handOvers++; c.handOvers%wholeLooks != 0 && c.replaced(ctx, &f) {
-			return f
+	if c.state.waits.Load() {
+		ids := firstIDs
+		if c.seen != nil {
+			ids = handOverIDs
+		}
+		if g, yes := c.replaced(ctx, ids); yes {
+			return g
 		}
 	}
 	var elsewhere []outcome
@@ -832,23 +829,37 @@ func (c *publicCheck) look(ctx context.Context, joins int) (f roundResult) {
 	return f
 }
 
-// replaced reports whether another relay still serves in this one's place, and adds it
-// to f. It asks for a page, since upgrades would use up the rate of all who share this
-// relay's address there.
-func (c *publicCheck) replaced(ctx context.Context, f *roundResult) bool {
-	for range handOverLooks {
-		_, t, err := c.dialer.dial(ctx, rolePage, probePrefix+rand.Text(), "")
-		r := c.reached(t, err)
-		if r.stays(c.me) {
-			f.add(r)
-			return true
+// replaced reports whether another relay serves in this one's place, which is what f is
+// then. It asks for pages, since upgrades would use up the rate of all who share this
+// relay's address there; for each twice, since a balancer that sticks by server-id leads
+// some to each relay and does no harm: there a whole round decides.
+func (c *publicCheck) replaced(ctx context.Context, ids int) (f roundResult, yes bool) {
+	f.verdict = publicVerified
+	here, there := 0, 0
+	for range ids {
+		id, met := probePrefix+rand.Text(), 0
+		for range 2 {
+			_, t, err := c.dialer.dial(ctx, rolePage, id, "")
+			if c.blind = !t.answer.named; c.blind {
+				return f, false
+			}
+			if r := c.reached(t, err); r.other.stays(c.me) {
+				f.add(r)
+				met++
+			}
 		}
-		if !t.answer.named {
-			break // the page does not come from a relay, so it tells nothing
+		switch met {
+		case 0:
+			here++
+		case 2:
+			there++
+		}
+		if met == 1 || here == 0 && there == max(2, ids/2) {
+			return f, true
 		}
 		c.rest(ctx)
 	}
-	return false
+	return f, false
 }
 
 // tryID claims a new server-id and joins it, with so many phones if the claim is
@@ -871,7 +882,7 @@ func (c *publicCheck) tryID(ctx context.Context, joins, follow int, f *roundResu
 			if r.verdict != publicVerified {
 				f.failed++
 			}
-			if r.stays(c.me) && c.state.waits.Load() {
+			if r.other.stays(c.me) && c.state.waits.Load() {
 				break // that is all that has to be known
 			}
 		}
@@ -934,11 +945,10 @@ func (c *publicCheck) reached(t *dialTrace, err error) outcome {
 	case a.named:
 		o := rival{identity: a.who, asked: a.asked, told: a.told, theirs: a.standing, mine: c.standing()}
 		o.mine.age -= time.Since(a.asked)
-		r := outcome{verdict: publicSplit, other: o}
-		if c.refusal != nil && r.stays(c.me) {
+		if c.refusal != nil && o.stays(c.me) {
 			c.refusal.Stop() // judge decides
 		}
-		return r
+		return outcome{verdict: publicSplit, other: o}
 	}
 	if t.step == stepSession {
 		err = fmt.Errorf("%s comes without %s: a relay of an older version, or a proxy that takes that header away",
@@ -980,8 +990,17 @@ func (c *publicCheck) upTo(d time.Duration) time.Duration {
 // Nor is a split over with one round that does not see it, if it was not seen in others
 // meanwhile.
 func (c *publicCheck) judge(f roundResult, now time.Time) error {
-	if c.state.waits.Load() && c.wait(f, now) {
-		return c.sight(f.others, now)
+	if c.state.waits.Load() {
+		if i := slices.IndexFunc(f.others, func(o rival) bool { return o.stays(c.me) }); i >= 0 {
+			if o := f.others[i]; c.seen == nil {
+				_, why := o.prevails(c.me, false)
+				c.log.Info("another relay serves the public name: users are refused (503) until that one is gone",
+					"url", c.url, "other", o.id, "other_age", o.age(now), "why", why, "stops_after", c.pace.over)
+			}
+			return c.sight(f.others, now)
+		}
+		c.seen = nil
+		c.admit()
 	}
 	was, saw, before := c.state.verdict(), f.verdict == publicSplit, c.sightings&1 == 1
 	c.sightings = (c.sightings<<1 | uint32(truth(saw))) & (1<<splitWindow - 1)
@@ -996,12 +1015,8 @@ func (c *publicCheck) judge(f roundResult, now time.Time) error {
 		c.sightings = 0
 	}
 	c.state.unseen.Store(int64(len(f.unseen)))
-	unseen := ""
-	if f.verdict == publicVerified && len(f.unseen) > 0 {
-		unseen = fmt.Sprintf("at %d of %d addresses; %v can't be reached from here", f.addrs-len(f.unseen), f.addrs, f.unseen)
-	}
-	if f.verdict != was || unseen != c.unseen {
-		c.changed, c.unseen = now, unseen
+	if f.verdict != was || f.verdict == publicVerified && !slices.Equal(f.unseen, c.unseen) {
+		c.changed, c.unseen = now, f.unseen
 		c.state.public.Store(uint32(f.verdict))
 		c.report(f, now)
 	}
@@ -1023,36 +1038,20 @@ func longestGap(sightings uint32) (longest int) {
 	return longest
 }
 
-// wait reports whether users are to be refused further, since another relay that is to
-// stay was seen. Without one they are let in.
-func (c *publicCheck) wait(f roundResult, now time.Time) bool {
-	i := slices.IndexFunc(f.others, func(o rival) bool { stays, _ := o.prevails(c.me, false); return stays })
-	switch {
-	case i >= 0 && c.seen == nil:
-		_, why := f.others[i].prevails(c.me, false)
-		c.log.Info("another relay serves the public name: users are refused (503) until that one is gone", "url", c.url,
-			"other", f.others[i].id, "other_age", f.others[i].age(now), "why", why, "stops_after", c.pace.over)
-	case i < 0 && c.seen != nil:
-		c.log.Info("the other relay is gone from the public name: users are let in", "url", c.url)
-		c.seen = nil
-	}
-	if i < 0 {
-		c.state.yields.Store(false)
-		c.admit()
-	}
-	return i >= 0
-}
-
 // admit lets users in.
-func (c *publicCheck) admit() { c.state.waits.Store(false) }
+func (c *publicCheck) admit() {
+	if c.state.waits.Swap(false) {
+		c.log.Info("users are let in", "after", time.Since(c.began))
+	}
+}
 
 // report logs a verdict that is new.
 func (c *publicCheck) report(f roundResult, now time.Time) {
 	found := []any{"url", c.url, "found", f.diagnosis.what, "remedy", f.diagnosis.remedy, "phones", f.joins, "failed", f.failed}
 	switch {
-	case f.verdict == publicVerified && c.unseen != "":
-		c.log.Warn("public name verified "+c.unseen+": who looks from where they can, should see this relay",
-			"url", c.url, "phones", f.joins, "remedy", "run "+programName+" probe from there")
+	case f.verdict == publicVerified && len(f.unseen) > 0:
+		c.log.Warn(fmt.Sprintf("public name verified at %d of %d addresses; %v can't be reached from here",
+			f.addrs-len(f.unseen), f.addrs, f.unseen), "url", c.url, "phones", f.joins, "remedy", "run "+programName+" probe from where they can")
 	case f.verdict == publicVerified:
 		c.log.Info(nameVerifiedText, "url", c.url, "phones", f.joins)
 	case f.verdict == publicSplit:
@@ -1128,6 +1127,12 @@ func (o *rival) prevails(me identity, agesAlone bool) (stays bool, why string) {
 		return ahead < 0, "it has run for longer"
 	}
 	return o.id < me.id, "both have run for the same time, and its id is the smaller one"
+}
+
+// stays reports whether there is another relay, and that is the one to stay.
+func (o *rival) stays(me identity) bool {
+	stays, _ := o.prevails(me, false)
+	return o.id != "" && stays
 }
 
 // age is how long the other has run.
