@@ -312,7 +312,7 @@ func (c *conn) stuck(w *writeBatch) bool {
 	n := c.out.n
 	c.flush(w)
 	w.addLocked(c) // to wake the phones that wait for it
-	return c.out.n == n
+	return c.out.n == n && (n > 0 || c.sock.unsent())
 }
 
 // silent reports whether the peer has given no sign of life since its ping, mu held.

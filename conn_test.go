@@ -466,7 +466,7 @@ func TestConnFramesBeforeHalfClose(t *testing.T) {
 				raw = append(raw, clientFrame(last, opText, ln.message(fmt.Sprint(i)))...)
 			}
 			ln.from.raw(append(raw, bye...))
-			ln.from.nc.(*net.TCPConn).CloseWrite()
+			ln.from.tcp().CloseWrite()
 			for i := range n {
 				ln.wants(fmt.Sprint(i))
 			}
@@ -1724,7 +1724,7 @@ func TestRegistryIncumbentClosesWhenAsked(t *testing.T) {
 		do   func(*wsClient)
 	}{
 		{"close frame", func(b *wsClient) { b.close(1001, "") }},
-		{"half-close", func(b *wsClient) { b.nc.(*net.TCPConn).CloseWrite() }},
+		{"half-close", func(b *wsClient) { b.tcp().CloseWrite() }},
 		{"violation", func(b *wsClient) { b.raw([]byte{0xff, 0xff}) }},
 	} {
 		t.Run(end.name, func(t *testing.T) {
@@ -1804,7 +1804,7 @@ func TestConnCloseFrameThenFIN(t *testing.T) {
 				ph := r.phone("id")
 				connID := ph.greet(b)
 				ph.raw(append(clientFrame(0x80, opPing, []byte("?")), clientFrame(0x80, opClose, closePayload(4000, ""))...))
-				ph.nc.(*net.TCPConn).CloseWrite()
+				closeWrite(ph.nc)
 				b.wantNotice(connID, 4000)
 				if op, p, err := ph.next(); op != opPong || string(p) != "?" || err != nil {
 					t.Fatalf("got opcode %d %q, %v; want the pong", op, p, err)

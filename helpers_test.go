@@ -4,8 +4,11 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/binary"
 	"encoding/json"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
@@ -16,6 +19,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"runtime"
 	"runtime/debug"
@@ -108,12 +112,18 @@ func startRelayOn(t testing.TB, o options, ln net.Listener) *testRelay {
 	if err != nil {
 		t.Fatal(err)
 	}
+	r.connect = func() (net.Conn, error) { return net.Dial("tcp", r.addr) }
+	var cert *certificate
+	if s, ok := ln.(securedListener); ok {
+		ln = s.Listener
+		cert = openPair(t, o, log, selfSigned(t, nil, "localhost", time.Hour, time.Hour))
+		r.connect = func() (net.Conn, error) { return tls.Dial("tcp", r.addr, &tls.Config{InsecureSkipVerify: true}) }
+	}
 	if ln, err = newAcceptor(ln); err != nil {
 		t.Fatal(err)
 	}
 	r.srv = newServer(r.relay, r.relay)
-	go r.srv.Serve(guests{ln})
-	r.connect = func() (net.Conn, error) { return net.Dial("tcp", r.addr) }
+	go r.srv.Serve(guests{r.entrance(ln, cert)})
 	t.Cleanup(r.stop)
 	return r
 }
@@ -177,14 +187,50 @@ func onLoopback(t testing.TB) net.Listener {
 	return ln
 }
 
-// listeners lead to each poller: the system's own, and that of goroutines.
+// listeners lead to each poller: the system's own, and that of goroutines, without TLS
+// and with it.
 var listeners = map[string]func(testing.TB) net.Listener{
-	"epoll":      onLoopback,
-	"goroutines": func(t testing.TB) net.Listener { return plainListener{onLoopback(t)} },
+	"epoll":          onLoopback,
+	"goroutines":     func(t testing.TB) net.Listener { return plainListener{onLoopback(t)} },
+	"epoll TLS":      func(t testing.TB) net.Listener { return securedListener{onLoopback(t)} },
+	"goroutines TLS": func(t testing.TB) net.Listener { return securedListener{plainListener{onLoopback(t)}} },
+}
+
+// securedListener is one of a relay that speaks TLS.
+type securedListener struct{ net.Listener }
+
+// openPair is a relay's certificate out of a server's configuration.
+func openPair(t testing.TB, o options, log *slog.Logger, config *tls.Config) *certificate {
+	t.Helper()
+	o.tlsCert, o.tlsKey = writePair(t, t.TempDir(), config)
+	c, err := openCertificate(o, log)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return c
+}
+
+// writePair writes the files of a certificate.
+func writePair(t testing.TB, dir string, config *tls.Config) (certFile, keyFile string) {
+	t.Helper()
+	pair := config.Certificates[0]
+	key, err := x509.MarshalPKCS8PrivateKey(pair.PrivateKey)
+	certFile, keyFile = filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
+	for file, block := range map[string]*pem.Block{
+		certFile: {Type: "CERTIFICATE", Bytes: pair.Certificate[0]}, keyFile: {Type: "PRIVATE KEY", Bytes: key},
+	} {
+		if err == nil {
+			err = os.WriteFile(file, pem.EncodeToMemory(block), 0o600)
+		}
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	return certFile, keyFile
 }
 
 // plainListener hides that its connections are TCP's, which leaves them to the
-// goroutine poller, as TLS would.
+// goroutine poller.
 type plainListener struct{ net.Listener }
 
 type plainConn struct{ net.Conn }
@@ -247,9 +293,15 @@ func onLegs(t *testing.T, o options, scenario func(t *testing.T, r *testRelay, r
 // wait. Its connections are pipes: they hold no byte that was not read.
 func onFakeClock(t *testing.T, o options, scenario func(t *testing.T, r *testRelay)) {
 	t.Helper()
+	onFakeClockWith(t, o, func(ln net.Listener) net.Listener { return ln }, scenario)
+}
+
+// onFakeClockWith has something in front of the relay that a client's pipe leads to.
+func onFakeClockWith(t *testing.T, o options, wrap func(net.Listener) net.Listener, scenario func(t *testing.T, r *testRelay)) {
+	t.Helper()
 	synctest.Test(t, func(t *testing.T) {
 		ln := &pipeListener{conns: make(chan net.Conn), done: make(chan struct{})}
-		r := startRelayOn(t, o, ln)
+		r := startRelayOn(t, o, wrap(ln))
 		for _, l := range r.loops { // an epoll loop waits outside of the fake clock
 			l.stop()
 		}
@@ -477,6 +529,14 @@ func readServerFrame(r io.Reader) (op byte, payload []byte, err error) {
 		err = io.ErrUnexpectedEOF
 	}
 	return op, payload, err
+}
+
+// tcp is the connection under TLS, if there is any.
+func (c *wsClient) tcp() *net.TCPConn {
+	if secured, ok := c.nc.(*tls.Conn); ok {
+		return secured.NetConn().(*net.TCPConn)
+	}
+	return c.nc.(*net.TCPConn)
 }
 
 // raw sends bytes as they are.
@@ -754,7 +814,8 @@ type program struct {
 	stdout, stderr logBuffer
 	done           chan struct{}
 
-	addr, admin string // set by listening
+	addr, admin string      // set by listening
+	secured     *tls.Config // of its clients, nil without TLS
 }
 
 // startProgram starts the relay on ports of the kernel's choice. env is of the
@@ -905,7 +966,9 @@ func (p *program) upgrade(path string, h http.Header) (*wsClient, *http.Response
 	return c, resp
 }
 
-func (p *program) dial() net.Conn {
+func (p *program) dial() net.Conn { p.t.Helper(); return p.dialAs("") }
+
+func (p *program) dialTCP() net.Conn {
 	p.t.Helper()
 	nc, err := net.Dial("tcp", p.addr)
 	if err != nil {

@@ -133,7 +133,7 @@ func rateKey(a netip.Addr) netip.Addr {
 // not itself trusted, since the client may have made up everything left of it.
 // Where an entry is no address, the proxy that passed it on is the client.
 func clientAddr(q *http.Request, trusted []netip.Prefix) netip.Addr {
-	addr := peerAddr(q)
+	addr := peerAddr(q.RemoteAddr)
 	for _, line := range slices.Backward(q.Header["X-Forwarded-For"]) {
 		for end := len(line); end > 0 && within(addr, trusted); {
 			comma := strings.LastIndexByte(line[:end], ',')
@@ -147,9 +147,9 @@ func clientAddr(q *http.Request, trusted []netip.Prefix) netip.Addr {
 	return addr
 }
 
-// peerAddr is the other end of the request's connection: a client, or a proxy.
-func peerAddr(q *http.Request) netip.Addr {
-	ap, _ := netip.ParseAddrPort(q.RemoteAddr)
+// peerAddr is the other end of a connection: a client, or a proxy.
+func peerAddr(remote string) netip.Addr {
+	ap, _ := netip.ParseAddrPort(remote)
 	return ap.Addr().Unmap().WithZone("") // Contains matches no address with a zone
 }
 
@@ -260,12 +260,7 @@ func (g *guest) refuse() {
 }
 
 // CloseWrite is for net/http, which waits behind it as refuse does.
-func (g *guest) CloseWrite() error {
-	if h, ok := g.Conn.(interface{ CloseWrite() error }); ok {
-		return h.CloseWrite()
-	}
-	return nil
-}
+func (g *guest) CloseWrite() error { return closeWrite(g.Conn) }
 
 // limitIdle is an http.Server's ConnState hook: it keeps net/http at maxWaiting
 // connections that are no session. A newcomer displaces the one that has

@@ -807,19 +807,26 @@ func TestLimitsMemoryStaysAsPromised(t *testing.T) {
 		strings.Repeat("GET / HTTP/1.1\r\nHost: a\r\n\r\n", 300),
 	}
 	half := append([]byte{0x82, 0xff, 0, 0, 0, 0, 0, 4, 0, 0, 0, 0, 0, 0}, make([]byte, 200<<10)...)
+	hellos := []string{"\x16\x03\x01\x3f\xff\x01\x00\xff\xff" + strings.Repeat("a", 16000), "\x16\x03\x01\x3f\xff",
+		"\x16\x03\x01\x1f\xfb\x01\x00\xff\xff" + strings.Repeat("a", 8183) + "\x16\x03\x01\x1f\xf0" + strings.Repeat("a", 8000)}
 	for _, c := range []struct {
 		name   string
 		drops  []string // heads of requests that are sent in drops
 		halves int      // binaries that send half a message
+		tls    bool
 	}{
-		{"requests in drops", heads, 0},
-		{"tiny header lines", heads[:1], 0},
-		{"half-sent messages", nil, 1000},
-		{"both", heads, 1000},
+		{"requests in drops", heads, 0, false},
+		{"tiny header lines", heads[:1], 0, false},
+		{"half-sent messages", nil, 1000, false},
+		{"both", heads, 1000, false},
+		{"handshakes in drops, half-sent messages", hellos, 1000, true},
 	} {
 		t.Run(c.name, func(t *testing.T) {
-			const queueTotal, promised = 16 << 20, 16<<20 + 4<<10*4096 + 64<<20
-			p := startProgram(t, nil, "-rate-per-minute=0", fmt.Sprint("-queue-total=", queueTotal)).listening()
+			connections, promised := 4096, int64(16<<20+4<<10*4096+64<<20)
+			if c.tls {
+				connections, promised = 1000, 16<<20+4<<10*1000+64<<20+48<<10*(1000+1024)
+			}
+			p := startSecured(t, c.tls, "-rate-per-minute=0", "-queue-total=16777216", fmt.Sprint("-max-connections=", connections))
 			var all sync.WaitGroup
 			for i := range c.halves {
 				nc := p.dial()
@@ -853,8 +860,10 @@ func TestLimitsMemoryStaysAsPromised(t *testing.T) {
 			}
 			t.Logf("%.1f MiB at the most", float64(highest)/(1<<20))
 			stop()
-			if status, _ := fetch(t, "http://"+p.addr+"/readyz"); status != 200 {
-				t.Errorf("/readyz afterwards: %d, want 200", status)
+			nc := p.dial()
+			io.WriteString(nc, "GET /readyz HTTP/1.1\r\nHost: a\r\n\r\n")
+			if a, err := http.ReadResponse(bufio.NewReader(nc), nil); err != nil || a.StatusCode != 200 {
+				t.Errorf("/readyz afterwards: %v, %v, want 200", a, err)
 			}
 		})
 	}

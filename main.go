@@ -46,6 +46,13 @@ const (
 	exitRefused = 2 // refused to start, or to go on as the second instance
 )
 
+func exitCode(err error) int {
+	if err != nil {
+		return exitFailed
+	}
+	return exitStopped
+}
+
 // run is the program, with env for its environment. It ends when ctx does, or by a signal.
 func run(ctx context.Context, args []string, env map[string]string, stdout, stderr io.Writer) int {
 	if len(args) > 0 {
@@ -85,18 +92,43 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 // why it did not start; what goes wrong later is logged.
 func serve(ctx context.Context, o options, env map[string]string, w *logWriter) (code int, err error) {
 	log := newLogger(w, o)
-	signals := make(chan os.Signal, 2)
-	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
-	if !signal.Ignored(syscall.SIGHUP) { // as nohup does, so that a closed terminal stops nothing
-		signal.Notify(signals, syscall.SIGHUP)
-	}
-	defer signal.Stop(signals)
 	manager, err := newManager(env, log)
 	if err == nil {
 		err = manager.standIn(&o)
 	}
 	if err != nil {
 		return exitRefused, err
+	}
+	cert, err := openCertificate(o, log)
+	if err != nil {
+		return exitRefused, err
+	}
+	signals := make(chan os.Signal, 2)
+	signal.Notify(signals, os.Interrupt, syscall.SIGTERM)
+	hangups := signals
+	if cert != nil {
+		hangups = make(chan os.Signal, 1)
+		defer cert.watch(hangups, manager.reload)()
+	}
+	if !signal.Ignored(syscall.SIGHUP) { // as nohup does, so that a closed terminal stops nothing
+		signal.Notify(hangups, syscall.SIGHUP)
+		defer signal.Stop(hangups)
+	}
+	defer signal.Stop(signals)
+	open := func(flag, addr string) (net.Listener, error) {
+		if ln := manager.sockets[flag]; ln != nil {
+			return ln, nil
+		}
+		return listen("-"+flag, addr, o.addressTimeout, func(after time.Duration) (ended bool) {
+			select {
+			case s := <-signals:
+				log.Info("stopped before it could start", "signal", s.String())
+			case <-ctx.Done():
+			case <-time.After(after):
+				return false
+			}
+			return true
+		}, log)
 	}
 
 	id, build, state := newIdentity(time.Now().Add(o.checkPace.skew)), readBuildVersion(), new(instanceState)
@@ -110,16 +142,16 @@ func serve(ctx context.Context, o options, env map[string]string, w *logWriter) 
 	warnMemory(o, allowed, from, keep(log, &state.memoryWarning))
 	defer debug.SetMemoryLimit(limitMemory(o, allowed))
 
-	public, err := listen("-listen", o.listen, manager.sockets["listen"])
-	if err != nil {
-		return exitFailed, err
+	public, err := open("listen", o.listen)
+	if public == nil {
+		return exitCode(err), err
 	}
 	defer public.Close()
 	addr, adminAddr := public.Addr().String(), "off"
 	var admin net.Listener
 	if o.admin != "" {
-		if admin, err = listen("-admin", o.admin, manager.sockets["admin"]); err != nil {
-			return exitFailed, err
+		if admin, err = open("admin", o.admin); admin == nil {
+			return exitCode(err), err
 		}
 		defer admin.Close()
 		adminAddr = admin.Addr().String()
@@ -132,14 +164,20 @@ func serve(ctx context.Context, o options, env map[string]string, w *logWriter) 
 	r.metrics.logLost = &w.lost
 	lock.serving(r, addr, adminAddr)
 	failed := make(chan error, 2)
-	doors := []door{openDoor(public, r, r, failed)}
+	doors := []door{openDoor(r.entrance(public, cert), r, r, failed)}
 	if admin != nil {
 		doors = append(doors, openDoor(admin, r.admin(), r, failed))
 	}
 	log.Info("listening", "addr", addr, "admin", adminAddr, "version", build.version, "instance", id.id)
+	next := "put a TLS proxy in front, and try it with: " + programName + " probe ws://" + addr
+	if host, port, _ := net.SplitHostPort(addr); cert != nil {
+		next = "try it with: " + programName + " probe wss://" + net.JoinHostPort(cert.name(), port)
+	} else if !loopback(host) {
+		log.Warn("plain HTTP on an address that others reach: they could read who talks to whom; use -tls-cert and -tls-key, "+
+			"or let nothing but a TLS proxy reach it", "addr", addr)
+	}
 	if !o.bypass {
-		log.Info(onlyRelayText+"; next: put a TLS proxy in front, and try it with: "+
-			programName+" probe ws://"+addr, "lock", strings.Join(o.instanceLock, ","))
+		log.Info(onlyRelayText+"; next: "+next, "lock", strings.Join(o.instanceLock, ","))
 	}
 
 	check := newPublicCheck(o, r)
@@ -187,26 +225,6 @@ func holdInstance(o options, log *slog.Logger, state *instanceState, info lockIn
 		"unset it as soon as that is over", "found", found)
 	return lock, nil
 }
-
-// listen opens a flag's address, unless the service manager has.
-func listen(flag, addr string, open net.Listener) (net.Listener, error) {
-	if open != nil {
-		return open, nil
-	}
-	var lc net.ListenConfig
-	lc.SetMultipathTCP(false) // it would put a socket of its own before each connection's
-	ln, err := lc.Listen(context.Background(), "tcp", addr)
-	switch {
-	case errors.Is(err, syscall.EADDRINUSE):
-		return nil, fmt.Errorf("%s %s is in use by another program: stop that, or choose another address", flag, addr)
-	case err != nil:
-		return nil, fmt.Errorf("opening %s %s: %w", flag, addr, err)
-	}
-	return newAcceptor(ln)
-}
-
-// newAcceptor is what stands between a listener and net/http; accept_linux.go has one.
-var newAcceptor = func(ln net.Listener) (net.Listener, error) { return ln, nil }
 
 // door is a listener and what serves it.
 type door struct {
@@ -477,7 +495,11 @@ func memoryAllowed(root string) (n int64, from string) {
 // memoryNeeded is what the process stays under with o, whatever peers do.
 func memoryNeeded(o options) int64 {
 	const others = 64 << 20 // what net/http serves, the program, the log, garbage
-	return o.queueTotal + int64(o.maxConnections)*sessionCost + others
+	need := o.queueTotal + int64(o.maxConnections)*sessionCost + others
+	if o.tlsCert != "" {
+		need += int64(o.maxConnections+maxWaiting) * tlsCost
+	}
+	return need
 }
 
 // warnMemory says what happens where the process may have less memory than the

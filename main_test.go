@@ -195,7 +195,6 @@ func TestProgramPortInUse(t *testing.T) {
 		"-listen " + addr:                       "-listen " + addr + " is in use",
 		"-admin " + addr:                        "-admin " + addr + " is in use",
 		"-listen " + addr + " -log-format json": "-listen " + addr,
-		"-listen 192.0.2.1:0":                   "-listen 192.0.2.1:0", // another host's
 	} {
 		t.Run(args, func(t *testing.T) {
 			t.Parallel()
@@ -323,6 +322,9 @@ var flagCases = []struct {
 	{"rate-burst", "20", "1", "5", func(o options) any { return o.rateBurst }, 1, "||0", "a whole number from 1 to "},
 	{"trusted-proxies", "127.0.0.0/8,::1/128", "10.1.2.3/8, fd00::1", "", func(o options) any { return fmt.Sprint(o.trustedProxies) },
 		"[10.0.0.0/8 fd00::1/128]", "|proxy|10.0.0.0/33|10.0.0.1;10.0.0.2", "addresses or networks with commas between"},
+	{"proxy-protocol", "false", "true", "false", func(o options) any { return o.proxyProtocol }, true, "||yes|2", "true or false"},
+	{"tls-cert", "", "cert.pem", "other.pem", func(o options) any { return o.tlsCert }, "cert.pem", "", ""},
+	{"tls-key", "", "key.pem", "other.pem", func(o options) any { return o.tlsKey }, "key.pem", "", ""},
 	{"log-format", "text", "json", "text", func(o options) any { return o.logFormat }, "json", "||JSON|logfmt", "text or json"},
 	{"log-level", "info", "debug", "error", func(o options) any { return o.logLevel }, slog.LevelDebug,
 		"||INFO|trace|0", "debug, info, warn or error"},
@@ -401,6 +403,9 @@ func TestOptionsRefused(t *testing.T) {
 		{"INSECURE_LISTEN=127.0.0.1:1", "", []string{"do you mean PYRYCODE_RELAY_LISTEN?"}},
 		{"METRICS_LISTEN=", "", []string{"do you mean PYRYCODE_RELAY_ADMIN?"}},
 		// What is not there.
+		{"", "-proxy-protocol -trusted-proxies=", []string{"flag -trusted-proxies", "-proxy-protocol"}},
+		{"", "-tls-cert x", []string{"-tls-cert and -tls-key go together: set both, or neither"}},
+		{"TLS_KEY=x", "", []string{"-tls-cert and -tls-key go together: set both, or neither"}},
 		{"", "-port 80", []string{"-port", "-h lists the flags"}},
 		{"", "-grace", []string{"-grace", "needs an argument"}},
 		{"", "serve", []string{`unknown command "serve"`, "help, version, probe, status and health", "-h"}},
@@ -513,7 +518,7 @@ func TestOptionsHelp(t *testing.T) {
 	for _, word := range []string{
 		"pyrycode-relay version", "pyrycode-relay probe", "pyrycode-relay help", "pyrycode-relay status", "pyrycode-relay health",
 		"\n  --insecure-listen and --metrics-listen are other names of -listen and -admin.\n", "-drain duration\n", "-admin-any\n",
-		bypassName + "=1", "SIGTERM, SIGINT and SIGHUP drain and stop", "will reload certificates on SIGHUP",
+		bypassName + "=1", "SIGTERM, SIGINT and SIGHUP drain and stop", "With -tls-cert SIGHUP reads the certificate again",
 		"0 asked to stop, 1 failure while running, 2 refused to start",
 	} {
 		if !strings.Contains(help, word) {
@@ -1145,6 +1150,7 @@ func TestMetricsBeginAtZero(t *testing.T) {
 	want := map[string]float64{
 		"connected_binaries": 0, "binaries_in_grace": 0, "connected_phones": 0, "queued_bytes": 0, "queued_bytes_limit": float64(r.o.queueTotal),
 		"socket_reads_total": 0, "socket_writes_total": 0, "log_lines_lost_total": 0, "instance_check_unseen": 0,
+		"tls_not_after_seconds": 0, "tls_reload_failures_total": 0, "tls_handshake_failures_total": 0, "proxy_headers_refused_total": 0,
 		`instance_check{check="host",verdict="held"}`: 1, `instance_check{check="host",verdict="bypassed"}`: 0,
 		"start_time_seconds": float64(r.id.started.UnixMilli()) / 1000,
 		fmt.Sprintf("build_info{version=%q,revision=%q,goversion=%q,instance=%q}", build.version, build.revision, runtime.Version(), r.id.id): 1,

@@ -20,11 +20,13 @@ type metrics struct {
 	instance *instanceState
 	budget   *budget
 	logLost  *atomic.Int64 // lines; of the log's writer
+	cert     *certificate  // nil: plain HTTP
 
 	connectedBinaries, binariesInGrace, connectedPhones atomic.Int64 // gauges
 
 	framesUp, bytesUp, framesDown, bytesDown atomic.Int64 // of payload, as forwarded
 	socketReads, socketWrites                atomic.Int64 // system calls of the pollers
+	tlsFailures, proxyRefused                atomic.Int64 // connections that came to no request
 
 	upgrades [roleCount][upgradeOutcomeCount]atomic.Int64
 	closes   [roleCount][closeReasonCount]atomic.Int64
@@ -77,6 +79,12 @@ func (m *metrics) text() []byte {
 	e.gauge("queued_bytes_limit", "The -queue-total that bounds them.", m.budget.limit)
 	e.counter("socket_reads_total", "Read system calls on sessions.", m.socketReads.Load())
 	e.counter("socket_writes_total", "Write system calls on sessions.", m.socketWrites.Load())
+
+	notAfter, failures := m.cert.state()
+	e.gauge("tls_not_after_seconds", "When the certificate of -tls-cert ends, in seconds since 1970; 0 without one.", notAfter)
+	e.counter("tls_reload_failures_total", "Certificates that were new and not taken; the log says why.", failures)
+	e.counter("tls_handshake_failures_total", "Connections whose TLS handshake failed.", m.tlsFailures.Load())
+	e.counter("proxy_headers_refused_total", "Connections refused for want of a trusted PROXY header.", m.proxyRefused.Load())
 
 	e.counter("log_lines_lost_total", "Lines of the log that its reader, gone or too slow, did not take.", m.logLost.Load())
 

@@ -29,6 +29,8 @@ type options struct {
 	adminAny     bool
 	instanceLock []string // in the order in which they are taken
 	publicURL    *url.URL // nil: the public name is not checked
+	tlsCert      string   // a file; "": plain HTTP
+	tlsKey       string
 
 	grace time.Duration
 	ping  time.Duration
@@ -42,6 +44,7 @@ type options struct {
 	ratePerMinute  int
 	rateBurst      int
 	trustedProxies []netip.Prefix
+	proxyProtocol  bool
 
 	logFormat string
 	logLevel  slog.Level
@@ -54,6 +57,7 @@ type options struct {
 	messageTimeout   time.Duration // from a message's first byte to its last
 	writeTimeout     time.Duration // a peer that takes nothing for this long is gone
 	closeTimeout     time.Duration // for the answer to a close frame, and for the FIN behind it
+	addressTimeout   time.Duration // an address to listen on has this long to appear
 	checkPace        checkPace     // of the check of -public-url
 }
 
@@ -64,6 +68,7 @@ func defaultOptions() options {
 		messageTimeout:   30 * time.Second,
 		writeTimeout:     10 * time.Second,
 		closeTimeout:     5 * time.Second,
+		addressTimeout:   time.Minute,
 		checkPace:        defaultPace(),
 	}
 	o.flags()
@@ -75,7 +80,8 @@ func (o *options) flags() *flag.FlagSet {
 	fs := flag.NewFlagSet(programName, flag.ContinueOnError)
 	fs.SetOutput(io.Discard)
 	fs.Usage = func() {}
-	add(fs, "listen", &o.listen, "127.0.0.1:8080", parseAddress, "`address` of the public listener: plain HTTP, for a TLS proxy in front")
+	add(fs, "listen", &o.listen, "127.0.0.1:8080", parseAddress,
+		"`address` of the public listener: plain HTTP, for a TLS proxy in front, or TLS with -tls-cert")
 	add(fs, "admin", &o.admin, "127.0.0.1:8081", parseAdmin,
 		"`address` of the status page and /metrics, loopback only unless -admin-any; \"off\" or an empty value turns it off")
 	add(fs, "admin-any", &o.adminAny, false, parseTruth,
@@ -84,6 +90,9 @@ func (o *options) flags() *flag.FlagSet {
 		"loopback `addresses` to bind and files to lock, which no other relay on this host, or that sees the file, can have as well")
 	add(fs, "public-url", &o.publicURL, "", parsePublicURL,
 		"the relay's own public `URL`, as wss://relay.example.com: it then checks from outside who answers there")
+	add(fs, "tls-cert", &o.tlsCert, "", parseFile,
+		"`file` of a certificate and its chain, PEM: with -tls-key the relay speaks TLS itself; both are read again when they change")
+	add(fs, "tls-key", &o.tlsKey, "", parseFile, "`file` of the certificate's key, PEM, not open to every user of the host")
 	add(fs, "grace", &o.grace, 30*time.Second, duration(0, time.Hour), "`duration` for which a claim outlives its binary's connection")
 	add(fs, "ping", &o.ping, 30*time.Second, duration(time.Second, time.Hour),
 		"`duration` between heartbeats; a peer silent for one more is dead")
@@ -99,6 +108,8 @@ func (o *options) flags() *flag.FlagSet {
 	add(fs, "rate-burst", &o.rateBurst, 20, number(1, 1<<20), "`upgrades` that an address may ask for at once")
 	add(fs, "trusted-proxies", &o.trustedProxies, "127.0.0.0/8,::1/128", parsePrefixes,
 		"`networks` whose X-Forwarded-For is believed; empty for none")
+	add(fs, "proxy-protocol", &o.proxyProtocol, false, parseTruth,
+		"-trusted-proxies begin every connection with a PROXY header, version 1 or 2; nobody else may connect")
 	add(fs, "log-format", &o.logFormat, "text", parseLogFormat, "`format` of the log: text or json")
 	add(fs, "log-level", &o.logLevel, "info", parseLevel, "lowest `level` that is logged: debug, info, warn or error")
 	return fs
@@ -218,6 +229,9 @@ func (o *options) validate(source func(flag string) string) error {
 		return fmt.Errorf("invalid value %d for %s: want at least %d, so that one message of -max-frame bytes fits",
 			o.queue, source("queue"), need)
 	}
+	if o.proxyProtocol && len(o.trustedProxies) == 0 {
+		return fmt.Errorf("invalid value \"\" for %s: want the networks that send the header of -proxy-protocol", source("trusted-proxies"))
+	}
 	if o.queueTotal < int64(o.queue) {
 		return fmt.Errorf("invalid value %d for %s: want at least %d, the -queue of one phone", o.queueTotal, source("queue-total"), o.queue)
 	}
@@ -305,7 +319,7 @@ that begins with PYRYCODE_RELAY_ and is none of these is refused.
         emergencies and migrations, not for production. No other value is taken.
 
 Signals: SIGTERM, SIGINT and SIGHUP drain and stop; a second one stops at once.
-        Later versions will reload certificates on SIGHUP. Under nohup it does nothing.
+        With -tls-cert SIGHUP reads the certificate again. Under nohup it does nothing.
 Exit codes: 0 asked to stop, 1 failure while running, 2 refused to start.
 A start that fails says why in one plain line, whatever -log-format is; an
 address in use is exit code 1.
@@ -341,6 +355,8 @@ func parseTruth(s string) (bool, error) {
 	}
 	return b, nil
 }
+
+func parseFile(s string) (string, error) { return s, nil }
 
 func parseLogFormat(s string) (string, error) {
 	if s != "text" && s != "json" {

@@ -176,12 +176,15 @@ func (s *goSocket) writeStaged() {
 			s.staged = nil
 		}
 		if n == 0 || s.down {
-			if s.halfDown && !s.down {
-				s.closeHalf()
-			}
+			half := s.halfDown && !s.down
 			s.halfDown, s.writing = false, false
 			s.changed.Signal()
 			s.mu.Unlock()
+			// A transport that can't end only one direction is closed whole: the close
+			// handshake is over by then.
+			if half && closeWrite(s.nc) != nil {
+				s.nc.Close()
+			}
 			return
 		}
 		s.inFlight = n
@@ -197,16 +200,6 @@ func (s *goSocket) writeStaged() {
 		s.c.writable(w)
 		w.flush()
 	}
-}
-
-// closeHalf ends our direction, mu held. A transport that can't end only one is closed
-// whole: the close handshake is over by then.
-func (s *goSocket) closeHalf() {
-	if h, ok := s.nc.(interface{ CloseWrite() error }); ok {
-		h.CloseWrite()
-		return
-	}
-	s.nc.Close()
 }
 
 func (s *goSocket) closeWrite() {

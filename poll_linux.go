@@ -3,9 +3,11 @@
 package main
 
 import (
+	"crypto/tls"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
@@ -98,7 +100,8 @@ type epollLoop struct {
 type epollSocket struct {
 	loop *epollLoop
 	c    *conn
-	fd   int // -1 once closed; written by the loop under c.mu
+	fd   int     // -1 once closed; written by the loop under c.mu
+	tls  *sealed // nil without TLS
 
 	attached bool // guarded by loop.mu
 
@@ -134,6 +137,19 @@ func (l *epollLoop) bind(c *conn, nc net.Conn) error {
 		fd, err = nc.take()
 	case *net.TCPConn:
 		fd, err = takeSocket(nc)
+	case *proxied: // its header is read
+		return l.bind(c, nc.Conn)
+	case *tlsConn:
+		err := l.bind(c, nc.wire.Conn)
+		s, ok := c.sock.(*epollSocket)
+		if err == nil && !ok {
+			return l.relay.fallback.bind(c, nc)
+		}
+		if err == nil {
+			s.tls = &sealed{tls: nc.Conn, sock: s}
+			nc.wire.Conn = s.tls
+		}
+		return err
 	default:
 		return l.relay.fallback.bind(c, nc)
 	}
@@ -169,8 +185,8 @@ func (s *epollSocket) attach(first []byte) {
 		c.paused.Store(true)
 	}
 	l.attachedAt.Store(c.opened)
-	post := c.paused.Load()
-	l.mu.Unlock() // from here on the loop owns them
+	post := c.paused.Load() || s.tls != nil // which may have read ahead
+	l.mu.Unlock()                           // from here on the loop owns them
 	if err != nil {
 		l.relay.log.Error("watching a socket failed", "error", err)
 		c.fail()
@@ -278,6 +294,7 @@ func (l *epollLoop) serve(ev *syscall.EpollEvent) {
 		s.hup = true
 	}
 	if ev.Events&(syscall.EPOLLOUT|syscall.EPOLLERR|syscall.EPOLLHUP) != 0 {
+		s.unsent()
 		c.writable(&l.batch)
 	}
 	if ev.Events&(syscall.EPOLLIN|gone) != 0 && !s.busy { // else its turn comes
@@ -292,13 +309,15 @@ func (l *epollLoop) read(c *conn) {
 		return
 	}
 	w := &l.batch
+	if s.tls != nil {
+		s.tls.empty = false
+	}
 	for range l.share {
 		if c.paused.Load() {
 			return
 		}
 		into := c.readInto(l.buf)
-		n, err := l.kernel.recv(s.fd, into)
-		l.relay.metrics.socketReads.Add(1)
+		n, err := s.recv(into)
 		switch {
 		case err == syscall.EAGAIN:
 			return
@@ -311,8 +330,8 @@ func (l *epollLoop) read(c *conn) {
 		c.receive(w, into[:n])
 		c.markAlive(w)
 		// Less than there was room for: the socket is empty (epoll(7)), unless
-		// the end of the stream is behind it.
-		if n < len(into) && !s.hup {
+		// the end of the stream is behind it, or this was one record of TLS.
+		if n < len(into) && !s.hup && s.tls == nil {
 			return
 		}
 	}
@@ -345,16 +364,35 @@ func (l *epollLoop) free(c *conn, s *epollSocket) {
 	c.free(&l.batch)
 	c.mu.Lock()
 	fd := s.fd
+	if s.unsent() {
+		s.tls.freeLocked() // nobody else writes any more
+	}
 	s.fd = -1
 	c.mu.Unlock()
 	l.kernel.close(fd)
 }
 
+// recv takes what is there.
+func (s *epollSocket) recv(p []byte) (int, error) {
+	if s.tls != nil {
+		return s.tls.recv(p)
+	}
+	s.loop.relay.metrics.socketReads.Add(1)
+	return s.loop.kernel.recv(s.fd, p)
+}
+
 // write is socket's. The caller holds c.mu.
 func (s *epollSocket) write(bufs [][]byte) (int, error) {
-	if s.fd < 0 {
+	switch {
+	case s.fd < 0:
 		return 0, net.ErrClosed
+	case s.tls != nil:
+		return s.tls.write(bufs)
 	}
+	return s.send(bufs)
+}
+
+func (s *epollSocket) send(bufs [][]byte) (int, error) {
 	total := 0
 	for _, b := range bufs {
 		total += len(b)
@@ -373,10 +411,13 @@ func (s *epollSocket) write(bufs [][]byte) (int, error) {
 }
 
 // unsent is socket's, as the following are.
-func (s *epollSocket) unsent() bool { return false }
+func (s *epollSocket) unsent() bool { return s.tls != nil && s.tls.unsent() }
 
 func (s *epollSocket) closeWrite() {
 	if s.fd >= 0 {
+		if s.tls != nil {
+			s.tls.tls.CloseWrite()
+		}
 		s.loop.kernel.shutdown(s.fd, syscall.SHUT_WR)
 	}
 }
@@ -388,6 +429,130 @@ func (s *epollSocket) shutdown() {
 }
 
 func (s *epollSocket) resume() { s.loop.post(s) }
+
+// ---- TLS ----
+
+// maxRecord is what a record of TLS holds (RFC 8446 §5.1).
+const maxRecord = 16 << 10
+
+// records are where small pieces are put together.
+var records = sync.Pool{New: func() any { return new([maxRecord]byte) }}
+
+// sealed is TLS on a loop's socket. crypto/tls has it in place of a connection: it reads
+// what is there, and keeps what the socket does not take. That is one record, since the
+// next is not encrypted before, and now and then an answer to a key update.
+type sealed struct {
+	net.Conn // none: crypto/tls calls what is here
+	tls      *tls.Conn
+	sock     *epollSocket
+	empty    bool // the socket had less than was asked for; owned by the loop
+
+	mu     sync.Mutex // guards what follows; taken after the connection's, and those of crypto/tls
+	staged *buffer    // encrypted, and not sent yet; nil for nothing
+}
+
+// recv decrypts what is there. What ends the stream comes again behind its last bytes.
+func (t *sealed) recv(p []byte) (int, error) {
+	n, err := t.tls.Read(p)
+	switch {
+	case n > 0:
+		err = nil
+	case err == os.ErrDeadlineExceeded:
+		err = syscall.EAGAIN
+	}
+	return n, err
+}
+
+// Read is crypto/tls's, which goes on after this error as it does after a deadline.
+func (t *sealed) Read(p []byte) (int, error) {
+	if t.empty {
+		return 0, os.ErrDeadlineExceeded
+	}
+	t.sock.loop.relay.metrics.socketReads.Add(1)
+	n, err := t.sock.loop.kernel.recv(t.sock.fd, p)
+	switch {
+	case err == syscall.EAGAIN:
+		return 0, os.ErrDeadlineExceeded
+	case err == syscall.EINTR:
+		return 0, nil
+	case err == nil && n == 0:
+		return 0, io.EOF
+	}
+	t.empty = n < len(p) && !t.sock.hup
+	return n, err
+}
+
+// write encrypts as much of bufs as the socket takes.
+func (t *sealed) write(bufs [][]byte) (n int, err error) {
+	record := records.Get().(*[maxRecord]byte)
+	defer records.Put(record)
+	for i, at := 0, 0; i < len(bufs) && !t.unsent(); {
+		piece := bufs[i][at:]
+		if len(piece) < maxRecord {
+			piece = record[:0]
+			for i < len(bufs) && len(piece) < maxRecord {
+				k := copy(record[len(piece):], bufs[i][at:])
+				piece = record[:len(piece)+k]
+				if at += k; at == len(bufs[i]) {
+					i, at = i+1, 0
+				}
+			}
+		} else {
+			piece = piece[:maxRecord]
+			at += maxRecord
+		}
+		if _, err := t.tls.Write(piece); err != nil {
+			return n, err
+		}
+		n += len(piece)
+	}
+	if t.unsent() {
+		err = errAgain
+	}
+	return n, err
+}
+
+// Write is crypto/tls's.
+func (t *sealed) Write(p []byte) (n int, err error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	have := 0
+	if t.staged != nil {
+		have, err = len(t.staged.bytes()), errAgain
+	} else {
+		n, err = t.sock.send([][]byte{p})
+	}
+	switch rest := p[n:]; {
+	case err != errAgain:
+		return n, err
+	case have+len(rest) > 2*maxRecord:
+		return n, errors.New("the peer asks for answers and takes none")
+	default:
+		t.staged = t.sock.loop.relay.buffers.grow(t.staged, have+len(rest), priorityAlways)
+		t.staged.w += copy(t.staged.b[t.staged.w:], rest)
+	}
+	return len(p), nil
+}
+
+func (t *sealed) SetWriteDeadline(time.Time) error { return nil } // a Write does not wait
+
+// unsent sends what is staged, and reports whether there is more.
+func (t *sealed) unsent() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.staged != nil {
+		n, _ := t.sock.send([][]byte{t.staged.bytes()}) // what fails is found by the loop that reads
+		if t.staged.r += n; t.staged.r == t.staged.w {
+			t.freeLocked()
+		}
+	}
+	return t.staged != nil
+}
+
+func (t *sealed) freeLocked() {
+	t.sock.loop.relay.buffers.put(t.staged)
+	t.staged = nil
+}
 
 // ---- waiting ----
 

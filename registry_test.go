@@ -6,7 +6,6 @@ import (
 	"maps"
 	"math"
 	"math/rand/v2"
-	"net"
 	"runtime"
 	"slices"
 	"strings"
@@ -121,7 +120,7 @@ func TestClaimDeadIncumbent(t *testing.T) {
 	t.Parallel()
 	ends := map[string]func(b *wsClient){
 		"close":      func(b *wsClient) { b.nc.Close() },
-		"half-close": func(b *wsClient) { b.nc.(*net.TCPConn).CloseWrite() },
+		"half-close": func(b *wsClient) { b.tcp().CloseWrite() },
 		"reset":      func(b *wsClient) { b.reset() },
 	}
 	o := testOptions()
@@ -471,7 +470,7 @@ func TestRegistryGraceAfterEveryEnd(t *testing.T) {
 	}{
 		{"close frame", func(b *wsClient) { b.close(1001, "") }},
 		{"end of tcp", func(b *wsClient) { b.nc.Close() }},
-		{"half-close", func(b *wsClient) { b.nc.(*net.TCPConn).CloseWrite() }},
+		{"half-close", func(b *wsClient) { b.tcp().CloseWrite() }},
 		{"reset", func(b *wsClient) { b.reset() }},
 		{"violation", func(b *wsClient) { b.raw([]byte{0x81, 0}) }},
 		{"too big", func(b *wsClient) { b.raw(header64(0x82, 1<<30)) }},

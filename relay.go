@@ -225,7 +225,7 @@ type refusal struct {
 // serve takes a request on a WebSocket endpoint through the gates and into its
 // session.
 func (r *relay) serve(w http.ResponseWriter, q *http.Request, role role) {
-	peer := peerAddr(q)
+	peer := peerAddr(q.RemoteAddr)
 	from := caller{
 		role: role, serverID: q.Header.Get("X-Pyrycode-Server"),
 		addr: clientAddr(q, r.o.trustedProxies), proxied: within(peer, r.o.trustedProxies),

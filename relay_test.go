@@ -665,7 +665,7 @@ func TestSessionCloseNotices(t *testing.T) {
 		{"going away", func(ph *wsClient) { ph.close(1001, "") }, 1001},
 		{"a code of its own", func(ph *wsClient) { ph.close(4999, "") }, 4999},
 		{"close frame without code", func(ph *wsClient) { ph.frame(opClose, nil) }, 1005},
-		{"close frame, then reset", func(ph *wsClient) { ph.close(3000, ""); ph.nc.(*net.TCPConn).CloseWrite() }, 3000},
+		{"close frame, then reset", func(ph *wsClient) { ph.close(3000, ""); ph.tcp().CloseWrite() }, 3000},
 		{"end of tcp", func(ph *wsClient) { ph.nc.Close() }, 1006},
 		{"half a frame, end of tcp", func(ph *wsClient) { ph.raw(clientFrame(last, opText, []byte("123"))[:7]); ph.nc.Close() }, 1006},
 		{"reset", func(ph *wsClient) { ph.reset() }, 1006},
@@ -700,7 +700,7 @@ func TestSessionCloseNotices(t *testing.T) {
 // reset ends TCP with a reset.
 func (c *wsClient) reset() {
 	c.t.Helper()
-	nc := c.nc.(*net.TCPConn)
+	nc := c.tcp()
 	if err := nc.SetLinger(0); err != nil {
 		c.t.Fatal(err)
 	}

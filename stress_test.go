@@ -73,7 +73,7 @@ func TestStress(t *testing.T) {
 	for _, limits := range []string{"generous", "tiny"} {
 		for _, poller := range slices.Sorted(maps.Keys(listeners)) {
 			t.Run(limits+"/"+poller, func(t *testing.T) {
-				runStress(t, limits == "tiny", poller, seed, time.Duration(seconds)*time.Second/4)
+				runStress(t, limits == "tiny", poller, seed, time.Duration(seconds)*time.Second/time.Duration(2*len(listeners)))
 			})
 		}
 	}
@@ -88,8 +88,11 @@ func stressListener(t *testing.T, poller string) net.Listener {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if poller == "goroutines" {
-		return plainListener{ln}
+	if strings.Contains(poller, "goroutines") {
+		ln = plainListener{ln}
+	}
+	if strings.Contains(poller, "TLS") {
+		ln = securedListener{ln}
 	}
 	return ln
 }
@@ -355,7 +358,7 @@ type readPause struct{ begun, over chan struct{} }
 
 // dialStress makes a connection; refused is the status of an upgrade that was not granted.
 func dialStress(r *testRelay, path string, h http.Header) (c *stressConn, refused int, err error) {
-	nc, err := net.Dial("tcp", r.addr)
+	nc, err := r.connect()
 	if err != nil {
 		return nil, 0, err
 	}
@@ -413,11 +416,11 @@ func (c *stressConn) sendClose(code int) {
 	}
 }
 
-func (c *stressConn) closeWrite() { c.nc.(*net.TCPConn).CloseWrite() }
+func (c *stressConn) closeWrite() { c.tcp().CloseWrite() }
 
 // sendReset makes the kernel send RST instead of FIN.
 func (c *stressConn) sendReset() {
-	c.nc.(*net.TCPConn).SetLinger(0)
+	c.tcp().SetLinger(0)
 	c.nc.Close()
 }
 
