@@ -194,7 +194,7 @@ func TestStatusPage(t *testing.T) {
 
 	// The charts draw what the relay keeps, and go on.
 	for _, path := range []string{".up", ".down"} {
-		b.until(`[...document.querySelectorAll('path` + path + `')].every(p => p.getTotalLength() > 2)`)
+		b.until(`[...document.querySelectorAll('#charts > div > svg > ` + path + `')].every(p => p.getAttribute('d').split('L').length > 2)`)
 	}
 	uptime := b.eval(`document.getElementById('uptime').textContent`)
 	drawn := b.eval(`document.querySelector('.up').getAttribute('d')`)
