@@ -210,7 +210,7 @@ func TestMonitoringSnippets(t *testing.T) {
 	health := get(t, "http://"+startRelay(t, "-admin", admin).addr+"/healthz")
 	status := get(t, "http://"+admin+"/status.json")
 	read := regexp.MustCompile(`\[BODY\]\.(\w+)|field: (\w+)|query\n`+"`(\\w+)`").FindAllStringSubmatch(string(b), -1)
-	if len(read) != 8 {
+	if len(read) != 9 {
 		t.Fatalf("docs/operations.md reads %d fields", len(read))
 	}
 	for _, m := range read {
