@@ -258,9 +258,14 @@ func needEpoll(t *testing.T) {
 // a sync.Pool forgets at random.
 func needNoRace(t *testing.T) {
 	t.Helper()
-	if info, ok := debug.ReadBuildInfo(); ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"}) {
+	if raceDetector() {
 		t.Skip("the race detector is on")
 	}
+}
+
+func raceDetector() bool {
+	info, ok := debug.ReadBuildInfo()
+	return ok && slices.Contains(info.Settings, debug.BuildSetting{Key: "-race", Value: "true"})
 }
 
 // onEach runs a scenario over both pollers, each with a relay of its own, whose
