@@ -546,7 +546,9 @@ func checkPlatform(o options, env map[string]string) error {
 // again, ends this process.
 
 const (
-	firstJoins = 8 // phones in the first round
+	// firstJoins are the phones of a round that lets users in: a balancer that takes turns
+	// at random hides one of two relays from all of them once in 65,536 rounds.
+	firstJoins = 16
 	laterJoins = 4
 	// splitRounds is how often, and checkPace.over for how long, a relay that is to
 	// stay must be seen before this one gives way: a rolling update overlaps for
@@ -802,6 +804,16 @@ func (c *publicCheck) look(ctx context.Context, joins int) (f roundResult) {
 		if g, yes := c.replaced(ctx, ids); yes {
 			return g
 		}
+		defer func() {
+			if len(f.others) == 0 || slices.ContainsFunc(f.others, func(o rival) bool { return o.stays(c.me) }) {
+				return
+			}
+			// It ended at one that waits as well, and three hide each other better than two.
+			g, _ := c.replaced(ctx, 2*handOverIDs)
+			for _, o := range g.others {
+				f.add(outcome{verdict: publicSplit, other: o})
+			}
+		}()
 	}
 	var elsewhere []outcome
 	for misses := 0; len(elsewhere)+misses < maxClaims && misses < maxMisses && ctx.Err() == nil; {

@@ -845,8 +845,8 @@ func TestPublicCheckPace(t *testing.T) {
 		r := runCheck(t, 20, false, allMine())
 		for i, at := range r.at {
 			switch {
-			case i == 0 && (at > time.Second || r.joins[0] != 8):
-				t.Errorf("first round after %v with %d phones, want 8 within a second", at, r.joins[0])
+			case i == 0 && (at > time.Second || r.joins[0] != firstJoins):
+				t.Errorf("first round after %v with %d phones, want %d within a second", at, r.joins[0], firstJoins)
 			case i > 0 && (!within(at-r.at[i-1], 5*time.Minute) || r.joins[i] != 4):
 				t.Errorf("round %d after %v with %d phones, want 4 after 5m", i, at-r.at[i-1], r.joins[i])
 			}
