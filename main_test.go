@@ -306,6 +306,8 @@ var flagCases = []struct {
 	{"public-url", "", "wss://relay.example.com", "ws://127.0.0.1:8080/", func(o options) any { return o.publicURL.String() },
 		"wss://relay.example.com", "|relay.example.com|https://relay.example.com|wss://|wss://u@relay.example.com|" +
 			"wss://relay.example.com/v2/server|wss://relay.example.com/?a=b", "wss://host"},
+	{"wake-url", "", "https://u:p@ntfy.example/topic?a=b", "http://127.0.0.1:1/", func(o options) any { return o.wakeURL.String() },
+		"https://u:p@ntfy.example/topic?a=b", "|ntfy.example/topic|wss://ntfy.example/topic|https:///topic|https://:1/topic|:", "https://host/path"},
 	{"grace", "30s", "0s", "1m", func(o options) any { return o.grace }, time.Duration(0),
 		"||30|-1s|2h|soon", "a duration from 0s to 1h0m0s, such as 30s"},
 	{"ping", "30s", "1s", "1m", func(o options) any { return o.ping }, time.Second, "||30|0s|999ms|2h", "a duration from 1s to 1h0m0s"},
@@ -359,8 +361,12 @@ func TestOptionsFlags(t *testing.T) {
 				}
 			}
 			for _, v := range strings.Split(c.bad, "|")[1:] {
-				wantNoStart(t, nil, []string{"-" + c.flag + "=" + v}, " -"+c.flag+":", fmt.Sprintf("%q", v), c.right)
-				wantNoStart(t, []string{name + "=" + v}, nil, "variable "+name, fmt.Sprintf("%q", v), c.right)
+				shown := fmt.Sprintf("%q", v)
+				if c.flag == "wake-url" { // which has a secret in it
+					shown = "not shown"
+				}
+				wantNoStart(t, nil, []string{"-" + c.flag + "=" + v}, " -"+c.flag+":", shown, c.right)
+				wantNoStart(t, []string{name + "=" + v}, nil, "variable "+name, shown, c.right)
 			}
 		})
 	}
@@ -827,7 +833,8 @@ func TestLogHasNothingForbidden(t *testing.T) {
 		t.Run(format, func(t *testing.T) {
 			t.Parallel()
 			p := startProgram(t, nil, "-log-format", format, "-log-level", "debug",
-				"-max-phones", "3", "-rate-per-minute", "1", "-rate-burst", "2", "-drain", "1h").listening()
+				"-max-phones", "3", "-rate-per-minute", "1", "-rate-burst", "2", "-drain", "1h",
+				"-wake-url", "http://"+secret+":"+secret+"@127.0.0.1:1/"+secret+"?token="+secret).listening()
 
 			sessionsWithSecrets(p)
 			refusalsWithSecrets(p)
@@ -930,6 +937,7 @@ func sessionsWithSecrets(p *program) {
 		p.until("envelope dropped", reason, func() { keeper.text(envelope) })
 	}
 	keeper.text(`{"push_wake":{"token":` + payload + `,"auth":{"bearer":` + payload + `}}}`)
+	p.line("waking phones through -wake-url fails", "127.0.0.1:1")
 	keeper.close(1000, secret)
 	keeper.wantEnd(1000, "")
 
@@ -1169,6 +1177,9 @@ func TestMetricsBeginAtZero(t *testing.T) {
 	}
 	for why := range dropReasonCount {
 		want[fmt.Sprintf("dropped_envelopes_total{reason=%q}", why.String())] = 0
+	}
+	for o := range wakeOutcomeCount {
+		want[fmt.Sprintf("wakes_total{outcome=%q}", o.String())] = 0
 	}
 	for i, verdict := range []string{"off", "pending", "verified", "split", "not-a-relay", "unreachable"} {
 		want[fmt.Sprintf("instance_check{check=\"public\",verdict=%q}", verdict)] = float64(max(0, 1-i))

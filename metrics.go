@@ -31,6 +31,7 @@ type metrics struct {
 	upgrades [roleCount][upgradeOutcomeCount]atomic.Int64
 	closes   [roleCount][closeReasonCount]atomic.Int64
 	drops    [dropReasonCount]atomic.Int64
+	wakes    [wakeOutcomeCount]atomic.Int64
 
 	splitSeen [evidenceCount]atomic.Int64
 }
@@ -73,6 +74,11 @@ func (m *metrics) text() []byte {
 	e.family("dropped_envelopes_total", "counter", "Envelopes of binaries that went nowhere, by reason.")
 	for r := range dropReasonCount {
 		e.sample(m.drops[r].Load(), "dropped_envelopes_total{reason=%q}", r)
+	}
+
+	e.family("wakes_total", "counter", "Wake requests of binaries with -wake-url, by what became of them.")
+	for o := range wakeOutcomeCount {
+		e.sample(m.wakes[o].Load(), "wakes_total{outcome=%q}", o)
 	}
 
 	e.gauge("queued_bytes", "Bytes of buffers that hold queued or half-received messages.", m.budget.used())
@@ -282,7 +288,7 @@ const (
 	dropUnknownConn                    // none of this binary's phones
 	dropNoFrame                        // neither frame nor close_code
 	dropBadCloseCode                   // not an integer, or one that must not be on the wire
-	dropPushWake                       // a wake request, which this relay does not serve
+	dropPushWake                       // a wake request, which -wake-url may serve
 	dropReasonCount
 )
 
@@ -324,3 +330,25 @@ var upgradeWords = [upgradeOutcomeCount]string{
 }
 
 func (o upgradeOutcome) String() string { return upgradeWords[o] }
+
+// wakeOutcome says what became of a push wake where there is a -wake-url.
+type wakeOutcome uint8
+
+const (
+	wakeSent    wakeOutcome = iota // the push service took it: 2xx
+	wakeLimited                    // the server-id has had one in the last minute, or too many others have
+	wakeDropped                    // the queue was full, or the relay stops
+	wakeRefused                    // the push service answered with another status
+	wakeFailed                     // it did not answer
+	wakeOutcomeCount
+)
+
+var wakeWords = [wakeOutcomeCount]string{
+	wakeSent:    "sent",
+	wakeLimited: "limited",
+	wakeDropped: "dropped",
+	wakeRefused: "refused",
+	wakeFailed:  "failed",
+}
+
+func (o wakeOutcome) String() string { return wakeWords[o] }

@@ -2,10 +2,16 @@ package main
 
 import (
 	"fmt"
+	"io"
+	"log"
 	"net"
+	"net/http"
+	"net/http/httptest"
+	"net/http/httputil"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -276,4 +282,224 @@ func TestManagerKeepsSocketOverRestart(t *testing.T) {
 	second := start().listening()
 	wg.Wait()
 	second.sayGoodbye(syscall.SIGTERM)
+}
+
+// ---- wake ----
+
+// wakeTarget is a push service that remembers what it was sent, or is none.
+func wakeTarget(t *testing.T, answer http.HandlerFunc) (base string, got func() []string) {
+	t.Helper()
+	var mu sync.Mutex
+	var all []string
+	s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		dump, err := httputil.DumpRequest(q, true)
+		if err != nil {
+			t.Error(err)
+		}
+		mu.Lock()
+		all = append(all, string(dump))
+		mu.Unlock()
+		answer(w, q)
+	}))
+	t.Cleanup(s.Close)
+	return s.URL, func() []string {
+		mu.Lock()
+		defer mu.Unlock()
+		return slices.Clone(all)
+	}
+}
+
+func ok(http.ResponseWriter, *http.Request) {}
+
+// startWaker starts one, with a log, that wakes through a URL.
+func startWaker(t *testing.T, target string) (*waker, *logBuffer) {
+	t.Helper()
+	u, err := parseWakeURL(target)
+	if err != nil || u.Host == "" {
+		t.Fatalf("%s: %v, %v", target, u, err)
+	}
+	logs := new(logBuffer)
+	m := newMetrics(identity{}, buildVersion{}, new(instanceState), new(budget))
+	return newWaker(u, m, newLogger(logs, defaultOptions())), logs
+}
+
+// wakes are how many wakes had each outcome that there was.
+func wakes(m *metrics) string {
+	var all []string
+	for o := range wakeOutcomeCount {
+		if n := m.wakes[o].Load(); n > 0 {
+			all = append(all, fmt.Sprint(o, " ", n))
+		}
+	}
+	return strings.Join(all, ", ")
+}
+
+// Both services that the documents name read the same request: the message is ntfy's
+// in the body and Gotify's in the query. Nothing in it tells who wants to wake whom,
+// and the binary gets no answer.
+func TestWakeSendsFixedText(t *testing.T) {
+	t.Parallel()
+	target, got := wakeTarget(t, ok)
+	o := testOptions()
+	o.wakeURL, _ = parseWakeURL("http://tom:pass@" + strings.TrimPrefix(target, "http://") + "/message?token=t1&title=Agent")
+	onEach(t, o, func(t *testing.T, r *testRelay) {
+		before := len(got())
+		for _, id := range []string{"server-" + secret, "other-" + secret} {
+			b, ph, connID := r.pair(id)
+			for range 2 {
+				b.text(`{"push_wake":{"token":"` + secret + `","auth":{"bearer":"` + secret + `"}}}`)
+			}
+			ph.text(`"next"`)
+			if e := b.envelope(); e.ConnID != connID || string(e.Frame) != `"next"` {
+				t.Errorf("behind a wake the binary got %+v", e)
+			}
+		}
+		eventually(t, "two wakes", func() bool { return wakes(r.metrics) == "sent 2, limited 2" })
+		for _, request := range got()[before:] {
+			for _, want := range []string{
+				"POST /message?message=Your+coding+agent+has+something+for+you.&title=Agent&token=t1 HTTP/1.1\r\n",
+				"\r\nAuthorization: Basic dG9tOnBhc3M=\r\n", "\r\nContent-Type: text/plain; charset=utf-8\r\n",
+				"\r\n\r\nYour coding agent has something for you.",
+			} {
+				if !strings.Contains(request, want) || strings.Contains(request, secret) {
+					t.Errorf("a wake without %q, or with a secret:\n%s", want, request)
+				}
+			}
+		}
+		if n := r.metrics.drops[dropPushWake].Load(); n != 4 {
+			t.Errorf("%d envelopes counted, want 4", n)
+		}
+	})
+	if n := len(got()); n > 4 {
+		t.Errorf("%d wakes were sent, want 4", n)
+	}
+}
+
+// What bounds a wake, with a service that does not answer.
+func TestWakeBounds(t *testing.T) {
+	t.Parallel()
+	silent := onLoopback(t) // nobody accepts
+	t.Cleanup(func() { silent.Close() })
+	k, logs := startWaker(t, "http://"+silent.Addr().String()+"/topic")
+	minute := int64(time.Minute)
+	k.wake("first", minute)
+	for i := range 3 {
+		k.wake("first", minute+int64(i)*minute/3)
+	}
+	for i := range wakeWorkers - 1 {
+		k.wake(fmt.Sprint(i), minute)
+	}
+	eventually(t, "all workers wait", func() bool { return len(k.queue) == 0 })
+	for i := range wakeQueue + 7 {
+		k.wake(fmt.Sprint("more", i), minute)
+	}
+	if got := wakes(k.metrics); got != "limited 3, dropped 7" {
+		t.Errorf("with a full queue: %s", got)
+	}
+	k.stop()
+	if got, want := wakes(k.metrics), fmt.Sprintf("limited 3, dropped %d", 7+wakeWorkers+wakeQueue); got != want || logs.String() != "" {
+		t.Errorf("after the end: %s, want %s; and said:\n%s", got, want, logs.String())
+	}
+
+	target, got := wakeTarget(t, ok)
+	k, _ = startWaker(t, target)
+	k.wake("first", minute)
+	for i := range mostWoken + 3 { // slowly enough for the queue
+		k.wake(fmt.Sprint(i), minute)
+		eventually(t, "the queue is short", func() bool { return len(k.queue) < wakeQueue/2 })
+	}
+	eventually(t, "all are sent", func() bool { return len(got()) == mostWoken })
+	k.wake("first", 2*minute)
+	want := fmt.Sprintf("sent %d, limited 4", mostWoken+1)
+	eventually(t, want, func() bool { return wakes(k.metrics) == want })
+	k.stop()
+}
+
+// Whatever a push service does, a wake has an outcome, and the log its cause without
+// what may be secret of the URL, which the service can repeat.
+func TestWakeFailures(t *testing.T) {
+	t.Parallel()
+	elsewhere, strayed := wakeTarget(t, ok)
+	endless := func(w http.ResponseWriter, _ *http.Request) {
+		for {
+			if _, err := w.Write(make([]byte, 64<<10)); err != nil {
+				return
+			}
+		}
+	}
+	raw := func(answer string) string {
+		ln := onLoopback(t)
+		t.Cleanup(func() { ln.Close() })
+		go func() {
+			for {
+				nc, err := ln.Accept()
+				if err != nil {
+					return
+				}
+				b := make([]byte, 4096)
+				n, _ := nc.Read(b)
+				io.WriteString(nc, strings.ReplaceAll(answer, "REQUEST", string(b[:n])))
+				nc.Close()
+			}
+		}()
+		return "http://" + ln.Addr().String()
+	}
+	served := func(h http.HandlerFunc) string { base, _ := wakeTarget(t, h); return base }
+	closed := onLoopback(t)
+	closed.Close()
+	silent := onLoopback(t)
+	t.Cleanup(func() { silent.Close() })
+	secure := httptest.NewUnstartedServer(http.HandlerFunc(ok))
+	secure.Config.ErrorLog = log.New(io.Discard, "", 0)
+	secure.StartTLS()
+	t.Cleanup(secure.Close)
+	for _, c := range []struct{ what, base, outcome, cause string }{
+		{"endless", served(endless), "sent", ""},
+		{"no content", served(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(204) }), "sent", ""},
+		{"wrong token", served(func(w http.ResponseWriter, q *http.Request) { http.Error(w, q.URL.String(), http.StatusUnauthorized) }), "refused", "answer 401"},
+		{"moved", served(func(w http.ResponseWriter, q *http.Request) {
+			http.Redirect(w, q, elsewhere, http.StatusTemporaryRedirect)
+		}), "refused", "answer 307"},
+		{"echo", raw("REQUEST"), "failed", "no answer in HTTP"},
+		{"echo in a header", raw("HTTP/1.1 200 OK\r\nREQUEST: REQUEST\r\n\r\n"), "failed", "no answer in HTTP"},
+		{"long head", raw("HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 64<<10) + "\r\n\r\n"), "failed", ""},
+		{"hangs up", raw(""), "failed", ""},
+		{"nobody", "http://" + closed.Addr().String(), "failed", "connection refused"},
+		{"silent", "http://" + silent.Addr().String(), "failed", "no answer within 5s"},
+		{"no such name", "http://push.invalid", "failed", "push.invalid"},
+		{"self-signed", secure.URL, "failed", "certificate"},
+	} {
+		t.Run(c.what, func(t *testing.T) {
+			t.Parallel()
+			k, logs := startWaker(t, c.base+"/"+secret+"?token="+secret)
+			if c.what == "silent" {
+				k.client.Timeout /= 50
+			}
+			for i, want := range []int{1, 1, 2} { // warnings: the third is an hour later
+				if i == 2 {
+					k.mu.Lock()
+					k.warned = k.warned.Add(-wakeWarnEvery)
+					k.mu.Unlock()
+				}
+				k.wake(fmt.Sprint(i), int64(i))
+				eventually(t, "an outcome", func() bool { return wakes(k.metrics) == fmt.Sprint(c.outcome, " ", i+1) })
+				if c.outcome == "sent" {
+					want = 0
+				}
+				said := logs.String()
+				if strings.Count(said, "\n") != want || strings.Count(said, c.cause) < want || strings.Count(said, " host="+k.url.Host+" ") != want {
+					t.Errorf("want %d lines with %q, and the host in:\n%s", want, c.cause, said)
+				}
+				if strings.Contains(said, secret) {
+					t.Errorf("a secret is in the log:\n%s", said)
+				}
+			}
+			k.stop()
+		})
+	}
+	t.Cleanup(func() {
+		if len(strayed()) > 0 {
+			t.Error("a wake went to another host")
+		}
+	})
 }

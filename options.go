@@ -31,6 +31,7 @@ type options struct {
 	publicURL    *url.URL // nil: the public name is not checked
 	tlsCert      string   // a file; "": plain HTTP
 	tlsKey       string
+	wakeURL      *url.URL // of a push service, with secrets in it; nil: phones are not woken
 
 	grace time.Duration
 	ping  time.Duration
@@ -93,6 +94,8 @@ func (o *options) flags() *flag.FlagSet {
 	add(fs, "tls-cert", &o.tlsCert, "", parseFile,
 		"`file` of a certificate and its chain, PEM: with -tls-key the relay speaks TLS itself; both are read again when they change")
 	add(fs, "tls-key", &o.tlsKey, "", parseFile, "`file` of the certificate's key, PEM, not open to every user of the host")
+	add(fs, "wake-url", &o.wakeURL, "", parseWakeURL,
+		"`URL` of an ntfy topic, or of Gotify's /message?token=…: a binary's push_wake makes the relay post a fixed text there")
 	add(fs, "grace", &o.grace, 30*time.Second, duration(0, time.Hour), "`duration` for which a claim outlives its binary's connection")
 	add(fs, "ping", &o.ping, 30*time.Second, duration(time.Second, time.Hour),
 		"`duration` between heartbeats; a peer silent for one more is dead")
@@ -224,6 +227,9 @@ func (o *options) validate(source func(flag string) string) error {
 	if host, _, _ := net.SplitHostPort(o.admin); o.admin != "" && !o.adminAny && !loopback(host) {
 		return fmt.Errorf("invalid value %q for %s: want a loopback address, such as 127.0.0.1:8081, or -admin-any as well",
 			o.admin, source("admin"))
+	}
+	if o.wakeURL != nil && o.wakeURL.Host == "" {
+		return fmt.Errorf("invalid value for %s: want https://host/path (it is not shown: there may be a secret in it)", source("wake-url"))
 	}
 	if need := o.maxFrame + maxSendHeader; o.queue < need {
 		return fmt.Errorf("invalid value %d for %s: want at least %d, so that one message of -max-frame bytes fits",
@@ -421,6 +427,19 @@ func parsePublicURL(s string) (*url.URL, error) {
 		return nil, nil
 	}
 	return parseRelayURL(s)
+}
+
+// parseWakeURL leaves it to validate to refuse a URL, since a flag's own refusal shows
+// its value.
+func parseWakeURL(s string) (*url.URL, error) {
+	if s == "" {
+		return nil, nil
+	}
+	u, err := url.Parse(s)
+	if err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Hostname() == "" {
+		u = new(url.URL)
+	}
+	return u, nil
 }
 
 // parseRelayURL reads a relay's base address as peers are given it.

@@ -52,6 +52,7 @@ type relay struct {
 	ended    *recent[closedConnection]
 	loops    []poller
 	fallback *goPoller
+	waker    *waker // nil without -wake-url
 	seed     maphash.Seed
 	started  time.Time
 	registry registry
@@ -90,6 +91,7 @@ func newRelay(o options, id identity, build buildVersion, instance *instanceStat
 		}
 		r.loops = append(r.loops, l)
 	}
+	r.waker = newWaker(o.wakeURL, r.metrics, log)
 	go r.sweep()
 	return r, nil
 }
@@ -682,7 +684,11 @@ func (s *session) toPhone(w *writeBatch, op byte, p []byte) {
 func (s *session) drop(w *writeBatch, level slog.Level, reason dropReason) {
 	r := w.relay
 	r.metrics.drops[reason].Add(1)
-	if reason == dropPushWake || !r.log.Enabled(context.Background(), level) {
+	if reason == dropPushWake {
+		r.waker.wake(s.server.id, w.now)
+		return
+	}
+	if !r.log.Enabled(context.Background(), level) {
 		return
 	}
 	if more, ok := r.drops.allow(w.now); ok {
@@ -905,6 +911,7 @@ func (r *relay) drain(ctx context.Context) {
 		p.stop()
 	}
 	r.fallback.stop()
+	r.waker.stop()
 }
 
 // await calls nudge a few times a second, for connections that were between
