@@ -43,12 +43,12 @@ type scenario struct {
 }
 
 var scenarios = []scenario{
-	{"up, one write each", true, 256, 1, 8, 20000},
-	{"down, one write each", false, 256, 1, 8, 20000},
-	{"up, together", true, 256, 100, 400, 100000},
-	{"down, together", false, 256, 100, 400, 100000},
-	{"up, one write each", true, 64 << 10, 1, 4, 3000},
-	{"down, one write each", false, 64 << 10, 1, 4, 3000},
+	{"up, one write each", true, 256, 1, 8, 6000},
+	{"down, one write each", false, 256, 1, 8, 6000},
+	{"up, together", true, 256, 100, 400, 30000},
+	{"down, together", false, 256, 100, 400, 30000},
+	{"up, one write each", true, 64 << 10, 1, 4, 1000},
+	{"down, one write each", false, 64 << 10, 1, 4, 1000},
 }
 
 func main() {
