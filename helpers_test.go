@@ -26,6 +26,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -203,7 +204,7 @@ type securedListener struct{ net.Listener }
 func openPair(t testing.TB, o options, log *slog.Logger, config *tls.Config) *certificate {
 	t.Helper()
 	o.tlsCert, o.tlsKey = writePair(t, t.TempDir(), config)
-	c, err := openCertificate(o, log)
+	c, err := openCertificate(o, log, new(atomic.Pointer[warning]))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -319,6 +319,7 @@ func (w *wire) Read(p []byte) (int, error) {
 type certificate struct {
 	certFile, keyFile string
 	log               *slog.Logger
+	warned            *atomic.Pointer[warning] // what log keeps there holds until a pair is taken
 
 	current  atomic.Pointer[tls.Certificate]
 	failures atomic.Int64 // to take a pair that has changed
@@ -328,14 +329,14 @@ type certificate struct {
 }
 
 // openCertificate reads the pair for the first time. Without one it is nil.
-func openCertificate(o options, log *slog.Logger) (*certificate, error) {
+func openCertificate(o options, log *slog.Logger, warned *atomic.Pointer[warning]) (*certificate, error) {
 	switch {
 	case (o.tlsCert == "") != (o.tlsKey == ""):
 		return nil, errors.New("-tls-cert and -tls-key go together: set both, or neither")
 	case o.tlsCert == "":
 		return nil, nil
 	}
-	c := &certificate{certFile: o.tlsCert, keyFile: o.tlsKey, log: log}
+	c := &certificate{certFile: o.tlsCert, keyFile: o.tlsKey, log: keep(log, warned), warned: warned}
 	pair, content, err := c.read()
 	if err == nil {
 		c.take(pair)
@@ -408,6 +409,7 @@ func (c *certificate) read() (pair tls.Certificate, content string, err error) {
 
 // take makes the pair the one that clients see from now on.
 func (c *certificate) take(pair tls.Certificate) {
+	c.warned.Store(nil)
 	if now := time.Now(); now.Before(pair.Leaf.NotBefore) || now.After(pair.Leaf.NotAfter) {
 		c.log.Warn("the certificate is not valid at this time, so that no peer connects: renew it, or correct the clock",
 			"not_before", pair.Leaf.NotBefore, "not_after", pair.Leaf.NotAfter)

@@ -16,6 +16,7 @@ import (
 	"regexp"
 	"runtime"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"testing/synctest"
@@ -434,6 +435,9 @@ func TestListenerCertificateReload(t *testing.T) {
 	if n := samples(t, page)["tls_reload_failures_total"]; n != 1 || !shows(second) {
 		t.Errorf("%v failures, want 1, or not the certificate of before", n)
 	}
+	if _, page := fetch(t, "http://"+p.admin+"/status.json"); !strings.Contains(page, "the certificate was not replaced: -tls-cert") {
+		t.Errorf("the status page does not say that the certificate was not replaced:\n%s", page)
+	}
 	ph.text(`"still here"`)
 	if e := b.envelope(); e.ConnID != connID || string(e.Frame) != `"still here"` {
 		t.Errorf("got %+v over a session of before", e)
@@ -461,36 +465,37 @@ func TestListenerCertificateLook(t *testing.T) {
 	var log logBuffer
 	o := defaultOptions()
 	o.tlsCert, o.tlsKey = filepath.Join(live, "cert.pem"), filepath.Join(live, "key.pem")
-	c, err := openCertificate(o, newLogger(&log, o))
+	var warned atomic.Pointer[warning]
+	c, err := openCertificate(o, newLogger(&log, o), &warned)
 	if err != nil {
 		t.Fatal(err)
 	}
-	check := func(what string, looks int, want *tls.Config, failures int64, lines int) {
+	check := func(what string, looks int, want *tls.Config, failures int64, lines int, bad bool) {
 		t.Helper()
 		for range looks {
 			c.look()
 		}
 		_, n := c.state()
 		if !bytes.Equal(c.current.Load().Certificate[0], want.Certificates[0].Certificate[0]) || n != failures ||
-			strings.Count(log.String(), "\n") != lines {
+			strings.Count(log.String(), "\n") != lines || (warned.Load() != nil) != bad {
 			t.Fatalf("%s: the wrong certificate, or %d failures, want %d, or not %d lines:\n%s", what, n, failures, lines, log.String())
 		}
 	}
-	check("nothing new", 3, first, 0, 0)
+	check("nothing new", 3, first, 0, 0, false)
 	second := turn(2)
-	check("one look", 1, first, 0, 0)
-	check("two looks", 1, second, 0, 1)
-	check("more looks", 3, second, 0, 1)
+	check("one look", 1, first, 0, 0, false)
+	check("two looks", 1, second, 0, 1, false)
+	check("more looks", 3, second, 0, 1, false)
 	turn(3)
 	os.Remove(o.tlsKey)
-	check("half of a pair", 4, second, 1, 2)
+	check("half of a pair", 4, second, 1, 2, true)
 	third := selfSigned(t, nil, "localhost", time.Hour, time.Hour/2)
 	writePair(t, live, third)
-	check("the other half", 2, third, 1, 3)
+	check("the other half", 2, third, 1, 3, false)
 	os.Chmod(o.tlsKey, 0o604)
 	if runtime.GOOS != "windows" {
-		check("open to everybody", 1, third, 1, 3) // whose content is the same, and error is not
-		check("open to everybody", 3, third, 2, 4)
+		check("open to everybody", 1, third, 1, 3, false) // whose content is the same, and error is not
+		check("open to everybody", 3, third, 2, 4, true)
 	}
 }
 

@@ -99,7 +99,8 @@ func serve(ctx context.Context, o options, env map[string]string, w *logWriter) 
 	if err != nil {
 		return exitRefused, err
 	}
-	cert, err := openCertificate(o, log)
+	state := new(instanceState)
+	cert, err := openCertificate(o, log, &state.tlsWarning)
 	if err != nil {
 		return exitRefused, err
 	}
@@ -131,7 +132,7 @@ func serve(ctx context.Context, o options, env map[string]string, w *logWriter) 
 		}, log)
 	}
 
-	id, build, state := newIdentity(time.Now().Add(o.checkPace.skew)), readBuildVersion(), new(instanceState)
+	id, build := newIdentity(time.Now().Add(o.checkPace.skew)), readBuildVersion()
 	lock, err := holdInstance(o, log, state, newLockInfo(id, build.version, o.listen, cmp.Or(o.admin, "off")))
 	if err != nil {
 		return exitRefused, err

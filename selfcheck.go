@@ -150,7 +150,7 @@ type instanceState struct {
 	unseen   atomic.Int64  // addresses of the public name that the last round could not reach
 	waits    atomic.Bool   // users are not let in before the first round is over; once they are, this is over for good
 
-	hostWarning, filesWarning, memoryWarning, publicWarning, idsWarning atomic.Pointer[warning] // the log's latest, nil for none
+	hostWarning, filesWarning, memoryWarning, publicWarning, idsWarning, tlsWarning atomic.Pointer[warning] // the log's latest, nil for none
 }
 
 func (s *instanceState) verdict() publicVerdict { return publicVerdict(s.public.Load()) }

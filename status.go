@@ -157,6 +157,7 @@ func (r *relay) warnings() []warning {
 	all := []warning{}
 	for kept, holds := range map[*atomic.Pointer[warning]]bool{
 		&s.hostWarning: true, &s.filesWarning: true, &s.memoryWarning: true, &s.publicWarning: public, &s.idsWarning: ids,
+		&s.tlsWarning: true,
 	} {
 		if w := kept.Load(); w != nil && holds {
 			all = append(all, *w)

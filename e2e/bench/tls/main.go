@@ -136,7 +136,8 @@ func onTarget(dir, relay, kind string, f func(*target) (float64, error)) (float6
 func start(dir, relay, kind string) (*target, error) {
 	front, back, lock := freeAddr(), freeAddr(), freeAddr()
 	cert, key := filepath.Join(dir, "cert.pem"), filepath.Join(dir, "key.pem")
-	commands := [][]string{{relay, "-admin", "off", "-instance-lock", lock, "-rate-per-minute", "0", "-max-connections", "9000", "-log-level", "warn"}}
+	commands := [][]string{{relay, "-admin", "off", "-instance-lock", lock, "-rate-per-minute", "0", "-max-connections", "9000",
+		"-log-level", "warn"}}
 	if kind == "relay" {
 		commands[0] = append(commands[0], "-listen", front, "-tls-cert", cert, "-tls-key", key)
 	} else {
@@ -253,8 +254,8 @@ func (t *target) connect(endpoint, id string) (*peer, error) {
 	if err != nil {
 		return nil, err
 	}
-	fmt.Fprintf(nc, "GET /v2/%s HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"+
-		"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nX-Pyrycode-Server: %s\r\nX-Pyrycode-Version: 1\r\nUser-Agent: bench\r\n\r\n", endpoint, id)
+	fmt.Fprintf(nc, "GET /v2/%s HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"+
+		"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nX-Pyrycode-Server: %s\r\nX-Pyrycode-Version: 1\r\nUser-Agent: bench\r\n\r\n", endpoint, id)
 	p := &peer{nc, bufio.NewReaderSize(nc, 128<<10)}
 	status := ""
 	for {
