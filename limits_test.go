@@ -59,6 +59,8 @@ func TestLimitsClientAddr(t *testing.T) {
 		{"not an address behind a trusted hop", "127.0.0.1:1", []string{"203.0.113.7, unknown, 10.0.0.5"}, "10.0.0.5"},
 		{"a host name", "127.0.0.1:1", []string{"example.com"}, "127.0.0.1"},
 		{"empty", "127.0.0.1:1", []string{""}, "127.0.0.1"},
+		{"an empty line behind another", "127.0.0.1:1", []string{"203.0.113.7", ""}, "203.0.113.7"},
+		{"a letter behind another line", "127.0.0.1:1", []string{"203.0.113.7", "x"}, "127.0.0.1"},
 		{"an empty entry", "127.0.0.1:1", []string{"203.0.113.7,"}, "127.0.0.1"},
 		{"a proxy on the link", "[fe80::1%eth0]:1", []string{"203.0.113.7"}, "203.0.113.7"},
 		{"a zone, which is somebody else's", "127.0.0.1:1", []string{"[fe90::1%eth0]:80"}, "fe90::1"},
@@ -265,9 +267,42 @@ func TestLimitsRatesEviction(t *testing.T) {
 	if len(r.seen) != maxAddresses {
 		t.Errorf("%d buckets, want a full table of %d", len(r.seen), maxAddresses)
 	}
+	if r.allow(addrNumber(maxAddresses + 4999)); len(r.seen) != maxAddresses {
+		t.Errorf("%d buckets: one had to go for an address that has one", len(r.seen))
+	}
 	// Of eight buckets the fullest goes, which the emptiest of all never is.
 	if ok, _ := r.allow(greedy); ok {
 		t.Error("the emptiest bucket was forgotten")
+	}
+}
+
+// TestLimitsStalest: of up to evictLooks entries the earliest goes, of more another one at times.
+func TestLimitsStalest(t *testing.T) {
+	t.Parallel()
+	when := func(v int64) int64 { return v }
+	if k, ok := stalest(map[int]int64{}, when); ok {
+		t.Errorf("of none %d goes", k)
+	}
+	table := map[int]int64{}
+	for k := range evictLooks {
+		table[k] = int64(k)
+	}
+	for range 200 {
+		if k, ok := stalest(table, when); k != 0 || !ok {
+			t.Fatalf("%d goes, %v", k, ok)
+		}
+	}
+	for k := range 100 * evictLooks {
+		table[k] = int64(k)
+	}
+	spared := 0
+	for range 200 {
+		if k, _ := stalest(table, when); k != 0 {
+			spared++
+		}
+	}
+	if spared < 100 {
+		t.Errorf("all are looked at for one to go: the earliest stayed %d of 200 times", spared)
 	}
 }
 
@@ -606,6 +641,98 @@ func TestLimitsAnswersAreNotKept(t *testing.T) {
 		if got := a.Header.Get("Cache-Control"); (got == "no-store") != (a.StatusCode != http.StatusSwitchingProtocols) {
 			t.Errorf("%s, Cache-Control %q", a.Status, got)
 		}
+	}
+}
+
+// chunkConn is a net.Conn that gives chunks and takes what is written.
+type chunkConn struct {
+	net.Conn
+	chunks []string
+	wrote  strings.Builder
+}
+
+func (c *chunkConn) Read(p []byte) (int, error) {
+	if len(c.chunks) == 0 {
+		return 0, io.EOF
+	}
+	n := copy(p, c.chunks[0])
+	if c.chunks[0] = c.chunks[0][n:]; c.chunks[0] == "" {
+		c.chunks = c.chunks[1:]
+	}
+	return n, nil
+}
+
+func (c *chunkConn) Write(p []byte) (int, error)     { return c.wrote.Write(p) }
+func (c *chunkConn) SetReadDeadline(time.Time) error { return nil }
+
+// TestLimitsHeadLines: a head passes with up to maxHeadLines, however it comes; what goes
+// beyond does not, and is answered 431.
+func TestLimitsHeadLines(t *testing.T) {
+	t.Parallel()
+	lines := func(n int) string { return strings.Repeat("A:b\r\n", n) }
+	head := lines(maxHeadLines) + "\r\n"
+	for _, tt := range []struct {
+		name, in string
+		passes   int // bytes; all of it if it is 0
+	}{
+		{"a usual head", lines(10) + "\r\n", 0},
+		{"as many as may be", head, 0},
+		{"one more", lines(maxHeadLines+1) + "\r\n", len(head) - 2},
+		{"letters without end", strings.Repeat("a", 1000) + "\r\n\r\n", 0},
+		{"many more, of a letter", strings.Repeat("a\n", 1000), 2 * maxHeadLines},
+		{"two heads", head + head, 0},
+		{"two heads, the second too long", head + lines(maxHeadLines+1) + "A", 2*len(head) - 2},
+		{"150 heads of a line", strings.Repeat("A:b\r\n\r\n", 150), 0},
+		{"empty lines before one too long", "\r\n\r\n" + lines(maxHeadLines+1), len(head) + 2},
+		{"empty lines before", strings.Repeat("\r\n", 200) + head, 0},
+	} {
+		for _, size := range []int{1, 2, 7, len(head)} {
+			c := &chunkConn{}
+			for rest := tt.in; rest != ""; {
+				n := min(size, len(rest))
+				c.chunks, rest = append(c.chunks, rest[:n]), rest[n:]
+			}
+			g := &guest{Conn: c}
+			p, passed := make([]byte, 1<<20), 0
+			for err := error(nil); err == nil; {
+				var n int
+				n, err = g.Read(p)
+				passed += n
+			}
+			want, refused := tt.passes, tt.passes > 0
+			if !refused {
+				want = len(tt.in)
+			}
+			if said := strings.HasPrefix(c.wrote.String(), "HTTP/1.1 431 "); said != refused || passed != want {
+				t.Errorf("%s, %d bytes at a time: %d bytes passed, want %d; said %q", tt.name, size, passed, want, c.wrote.String())
+			}
+		}
+	}
+	// What stands behind a head in one read may be a session's bytes.
+	c := &chunkConn{chunks: []string{head + lines(maxHeadLines+1), "A"}}
+	g, p := &guest{Conn: c}, make([]byte, 1<<20)
+	if n, err := g.Read(p); n != len(head)+len(lines(maxHeadLines+1)) || err != nil {
+		t.Errorf("%d bytes, %v", n, err)
+	}
+	if n, err := g.Read(p); n != 0 || err != io.EOF || !strings.HasPrefix(c.wrote.String(), "HTTP/1.1 431 ") {
+		t.Errorf("%d bytes, %v, said %q", n, err, c.wrote.String())
+	}
+	// For one byte nobody waits, except within a head.
+	g = &guest{Conn: &chunkConn{chunks: strings.Split("aB\rC\nD\rE\nF\r\nG\r\n\r\n", "")}}
+	waits := ""
+	for {
+		n, err := g.Read(p[:1])
+		if n == 0 && err == os.ErrDeadlineExceeded {
+			waits += "-"
+			n, err = g.Read(p[:2])
+		}
+		if err != nil {
+			break
+		}
+		waits += string(p[:n])
+	}
+	if want := "-aB\rC\nD\rE\nF\r\nG\r\n\r\n-"; waits != want {
+		t.Errorf("one byte at a time: %q, want %q", waits, want)
 	}
 }
 
