@@ -595,34 +595,39 @@ func TestLockFileThatCannotBeTaken(t *testing.T) {
 func TestLocksOfTwoStartsAtOnce(t *testing.T) {
 	t.Parallel()
 	needLockFiles(t)
+	var rounds sync.WaitGroup
 	for round := range 100 {
 		dir := t.TempDir()
 		a, b := filepath.Join(dir, "a"), filepath.Join(dir, "b")
 		if round%2 == 0 {
 			a = freeLock(t)
 		}
-		var wg sync.WaitGroup
-		var locks [2]*instanceLock
-		var errs [2]error
-		for i, list := range [2]string{a + "," + b, b + " , " + a} {
-			wg.Go(func() {
+		rounds.Go(func() {
+			var both sync.WaitGroup
+			var locks [2]*instanceLock
+			var errs [2]error
+			for i, list := range [2]string{a + "," + b, b + " , " + a} {
 				order, err := parseLocks(list)
 				if err != nil {
 					t.Error(err)
 				}
-				locks[i], errs[i] = lockInstance(order, lockInfo{Program: programName, Instance: list, PID: 40 + i, Started: time.Now()}, false)
-			})
-		}
-		wg.Wait()
-		loser := 0
-		if errs[0] == nil {
-			loser = 1
-		}
-		if !isHeldBy(errs[loser], 41-loser) || errs[1-loser] != nil {
-			t.Fatalf("round %d: %v and %v", round, errs[0], errs[1])
-		}
-		locks[1-loser].Close()
+				both.Go(func() {
+					locks[i], errs[i] = lockInstance(order, lockInfo{Program: programName, Instance: list, PID: 40 + i, Started: time.Now()}, false)
+				})
+			}
+			both.Wait()
+			winner := 0
+			if errs[0] != nil {
+				winner = 1
+			}
+			if errs[winner] != nil || !isHeldBy(errs[1-winner], 40+winner) {
+				t.Errorf("round %d: %v and %v", round, errs[0], errs[1])
+				return
+			}
+			locks[winner].Close()
+		})
 	}
+	rounds.Wait()
 }
 
 const verdictBypassed = `pyrycode_relay_instance_check{check="host",verdict="bypassed"} `
