@@ -237,6 +237,16 @@ func (c *conn) failLocked() {
 	c.sock.shutdown()
 }
 
+// owes is for a peer that has ended its own direction: it still gets what is queued, as
+// far as its socket takes that. It reports whether more waits with our close frame at
+// the end: until that is out, or its time is up, the reader does not free the connection.
+func (c *conn) owes(w *writeBatch) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.flush(w)
+	return c.is(connClosing) && c.closeHeard && !c.failed && (c.out.n > 0 || c.sock.unsent())
+}
+
 // free is the reader's last call: the peer's direction has ended.
 func (c *conn) free(w *writeBatch) {
 	c.mu.Lock()
@@ -256,9 +266,6 @@ func (c *conn) free(w *writeBatch) {
 		}
 	}
 	c.mu.Lock()
-	// A peer that ended only its own direction, right behind its close frame or
-	// its last ping, still gets the answer.
-	c.flush(w)
 	c.state.Store(uint32(connClosed))
 	c.out.free(pool)
 	c.pong = nil

@@ -1795,10 +1795,10 @@ func TestRegistryGraceExpiresOverHeldFrames(t *testing.T) {
 // A peer that ends its direction right behind its close frame still reads.
 func TestConnCloseFrameThenFIN(t *testing.T) {
 	t.Parallel()
-	for name, on := range listeners {
+	for name := range listeners {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
-			r := startRelayOn(t, testOptions(), on(t))
+			r := startRelayOn(t, testOptions(), stressListener(t, name))
 			b := r.binary("id")
 			for range 50 {
 				ph := r.phone("id")
@@ -1811,6 +1811,23 @@ func TestConnCloseFrameThenFIN(t *testing.T) {
 				}
 				ph.wantEnd(4000, "")
 			}
+			// The answer is behind what no socket takes at once.
+			ph := r.phone("id")
+			connID := ph.greet(b)
+			const n, size = 30, 100_000
+			for i := range n {
+				b.text(fmt.Sprintf(`{"conn_id":%q,"frame":%s}`, connID, numbered(i, size)))
+			}
+			r.settle("all is queued", func() bool { return r.metrics.bytesDown.Load() >= n*size })
+			ph.raw(clientFrame(last, opClose, closePayload(4001, "")))
+			closeWrite(ph.nc)
+			b.wantNotice(connID, 4001)
+			for i := range n {
+				if got := numberOf(ph.message()); got != i {
+					t.Fatalf("frame %d arrived, want %d", got, i)
+				}
+			}
+			ph.wantEnd(4001, "")
 		})
 	}
 }

@@ -104,6 +104,9 @@ func (s *goSocket) read(first []byte) {
 		}
 		w.flush()
 	}
+	if c.owes(w) {
+		s.settle()
+	}
 	c.free(w)
 	w.flush()
 	s.settle()

@@ -324,7 +324,9 @@ func (l *epollLoop) read(c *conn) {
 		case err == syscall.EINTR:
 			continue
 		case err != nil || n == 0:
-			l.free(c, s)
+			if err != nil || !c.owes(w) {
+				l.free(c, s)
+			}
 			return
 		}
 		c.receive(w, into[:n])
@@ -459,6 +461,8 @@ func (t *sealed) recv(p []byte) (int, error) {
 		err = nil
 	case err == os.ErrDeadlineExceeded:
 		err = syscall.EAGAIN
+	case err == io.EOF:
+		err = nil
 	}
 	return n, err
 }
