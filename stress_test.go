@@ -850,12 +850,32 @@ type stressPlan struct {
 	prefix bool   // the daemon may have missed the last messages
 }
 
-// violates is the plan of a phone that sends these bytes.
-func violates(r closeReason, bad ...byte) stressPlan {
-	return stressPlan{name: r.String(), code: int(r.code()), text: r.String(), notice: int(r.code()), do: func(ph *stressPhone) {
-		ph.chat()
-		ph.write(bad)
-	}}
+// violations are what a peer may send but once, and why that ends it.
+var violations = []struct {
+	reason closeReason
+	bytes  []byte
+}{
+	{endUnmasked, []byte{opText | 0x80, 1, '1'}},
+	{endReservedBit, zeroMaskFrame(0xc1, "1")},
+	{endUnknownOpcode, zeroMaskFrame(0x83, "1")},
+	{endBadControl, zeroMaskFrame(opPing, "")},
+	{endStrayFragment, zeroMaskFrame(0x80, "1")},
+	{endInterleaved, append(zeroMaskFrame(opText, "1"), zeroMaskFrame(0x81, "1")...)},
+	{endBadLength, []byte{0x81, 0xfe, 0, 125, 0, 0, 0, 0}},
+	{endBadClose, zeroMaskFrame(0x88, "\x03\xed")},
+	{endInvalidUTF8, zeroMaskFrame(0x81, "\"\xc3\"")},
+	{endNotJSON, zeroMaskFrame(0x81, `1,"conn_id":"victim"`)},
+	{endMessageTooBig, []byte{0x81, 0xff, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0}},
+}
+
+func init() {
+	for _, v := range violations {
+		stressPlans = append(stressPlans, stressPlan{name: v.reason.String(), code: int(v.reason.code()), text: v.reason.String(),
+			notice: int(v.reason.code()), do: func(ph *stressPhone) {
+				ph.chat()
+				ph.write(v.bytes)
+			}})
+	}
 }
 
 // zeroMaskFrame is a client's frame whose mask is zero.
@@ -959,17 +979,6 @@ var stressPlans = []stressPlan{
 		ph.ask(20, 9000)
 		ph.sendReset()
 	}},
-	violates(endUnmasked, opText|0x80, 1, '1'),
-	violates(endReservedBit, zeroMaskFrame(0xc1, "1")...),
-	violates(endUnknownOpcode, zeroMaskFrame(0x83, "1")...),
-	violates(endBadControl, zeroMaskFrame(opPing, "")...),
-	violates(endStrayFragment, zeroMaskFrame(0x80, "1")...),
-	violates(endInterleaved, append(zeroMaskFrame(opText, "1"), zeroMaskFrame(0x81, "1")...)...),
-	violates(endBadLength, 0x81, 0xfe, 0, 125, 0, 0, 0, 0),
-	violates(endBadClose, zeroMaskFrame(0x88, "\x03\xed")...),
-	violates(endInvalidUTF8, zeroMaskFrame(0x81, "\"\xc3\"")...),
-	violates(endNotJSON, zeroMaskFrame(0x81, `1,"conn_id":"victim"`)...),
-	violates(endMessageTooBig, 0x81, 0xff, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0),
 }
 
 // stressPhone compares its end, and what its daemon knows of it, with its plan.

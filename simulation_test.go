@@ -1,0 +1,1360 @@
+//go:build linux && !386
+
+package main
+
+import (
+	"bytes"
+	"encoding/binary"
+	"fmt"
+	"log/slog"
+	"math"
+	"math/rand/v2"
+	"net/netip"
+	"os"
+	"runtime"
+	"runtime/debug"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// The simulation: a relay with its epoll loop on a kernel that is a model, peers that
+// know exactly what they must get, and a fake clock. One goroutine does everything,
+// and one seed decides everything, so each world can be run again.
+//
+// It draws what a kernel, a network and peers may do between two calls of the program,
+// and, where the loop has just come for bytes, what another goroutine does meanwhile.
+// It has one loop, and no requests: a connection begins behind its gates. What runs
+// side by side in earnest, and the goroutine poller, are the stress run's.
+
+// ---- kernel ----
+
+// simKernel is a kernel for a loop.
+type simKernel struct {
+	w       *simulation
+	sockets []*simSocket // by descriptor, nil where it is free
+	woken   bool
+}
+
+// simSocket is a TCP connection, seen from both ends.
+type simSocket struct {
+	peer       *simPeer
+	fd         int    // -1 once the relay has closed it
+	in         []byte // the relay may receive it
+	out        []byte // sent, and not taken by the peer
+	inCap      int
+	outCap     int
+	inEnd      bool // the peer's FIN is behind in
+	outEnd     bool // the relay's FIN is behind out
+	shutRead   bool
+	reset      bool // by the peer
+	broken     bool // by the relay's end: out is what had arrived
+	watched    bool
+	ready      bool // something has happened since wait told of it
+	full       bool // the relay was told to wait for room
+	limitation bool
+}
+
+// open makes a socket with the lowest free descriptor, as POSIX wants it.
+func (k *simKernel) open(p *simPeer) *simSocket {
+	fd := slices.Index(k.sockets, nil)
+	if fd < 0 {
+		fd = len(k.sockets)
+		k.sockets = append(k.sockets, nil)
+	}
+	s := &simSocket{peer: p, fd: fd, inCap: 1 << (4 + k.w.rng.IntN(14)), outCap: 1 << (4 + k.w.rng.IntN(14))}
+	k.sockets[fd] = s
+	return s
+}
+
+func (k *simKernel) at(call string, fd int) *simSocket {
+	if fd < 0 || fd >= len(k.sockets) || k.sockets[fd] == nil {
+		k.w.fail("%s on descriptor %d, which is closed", call, fd)
+	}
+	return k.sockets[fd]
+}
+
+func (k *simKernel) limitUnsent(fd int) { k.at("setsockopt", fd).limitation = true }
+func (k *simKernel) wake()              { k.woken = true }
+func (k *simKernel) stop()              {}
+
+func (k *simKernel) watch(fd int) error {
+	s := k.at("epoll_ctl", fd)
+	if k.w.chance(400) {
+		return syscall.ENOSPC
+	}
+	s.watched, s.ready = true, true
+	return nil
+}
+
+// events is what epoll would tell of s now.
+func (s *simSocket) events() (e uint32) {
+	tell := func(is bool, flag uint32) {
+		if is {
+			e |= flag
+		}
+	}
+	tell(len(s.in) > 0 || s.ended(), syscall.EPOLLIN)
+	tell(s.writable(), syscall.EPOLLOUT)
+	tell(s.ended(), syscall.EPOLLRDHUP)
+	tell(s.reset || s.ended() && s.outEnd, syscall.EPOLLHUP)
+	tell(s.reset, syscall.EPOLLERR)
+	return e
+}
+
+func (s *simSocket) ended() bool    { return s.inEnd || s.reset || s.shutRead }
+func (s *simSocket) writable() bool { return s.outEnd || s.reset || 3*len(s.out) <= 2*s.outCap }
+
+// tellRoom is what a kernel does when a good part of a full send buffer is free.
+func (s *simSocket) tellRoom() bool {
+	if !s.full || !s.writable() {
+		return false
+	}
+	s.full, s.ready = false, true
+	return true
+}
+
+// pending is what wait has to tell of.
+func (k *simKernel) pending() (all []*simSocket) {
+	for _, s := range k.sockets {
+		if s != nil && s.watched && s.ready {
+			all = append(all, s)
+		}
+	}
+	return all
+}
+
+func (k *simKernel) wait(told []syscall.EpollEvent, may, crowd bool) (n int, err error) {
+	w := k.w
+	if w.chance(50) {
+		return 0, syscall.EINTR
+	}
+	tell := k.pending()
+	w.rng.Shuffle(len(tell), func(i, j int) { tell[i], tell[j] = tell[j], tell[i] })
+	if len(tell) > 0 && w.chance(2) {
+		tell = tell[:1+w.rng.IntN(len(tell))]
+	}
+	if s := k.sockets[w.rng.IntN(len(k.sockets))]; w.chance(20) && s != nil && s.watched && !slices.Contains(tell, s) {
+		tell = append(tell, s) // for nothing
+	}
+	if k.woken {
+		k.woken = false
+		told[0], n = syscall.EpollEvent{Events: syscall.EPOLLIN, Fd: math.MaxInt32}, 1
+	}
+	for _, s := range tell[:min(len(tell), len(told)-n)] {
+		s.ready = false
+		if e := s.events(); e != 0 {
+			told[n] = syscall.EpollEvent{Events: e, Fd: int32(s.fd)}
+			n++
+		}
+	}
+	return n, nil
+}
+
+func (k *simKernel) recv(fd int, p []byte) (int, error) {
+	w := k.w
+	if !w.ending && w.chance(100) { // what another goroutine does meanwhile
+		if len(w.live) < 40 && w.chance(8) {
+			w.arrive()
+		} else {
+			w.sweep()
+		}
+	}
+	s := k.at("recv", fd)
+	switch {
+	case len(p) == 0:
+		w.fail("recv into no room")
+	case w.chance(60):
+		return 0, syscall.EINTR
+	case len(s.in) > 0:
+		n := min(len(p), len(s.in))
+		if w.chance(8) { // the rest arrives just now
+			n = 1 + w.rng.IntN(n)
+			s.ready = true
+		}
+		copy(p, s.in[:n])
+		s.in = s.in[n:]
+		s.peer.heard = w.now()
+		return n, nil
+	case s.reset:
+		return 0, syscall.ECONNRESET
+	case s.ended():
+		return 0, nil
+	}
+	return 0, syscall.EAGAIN
+}
+
+func (k *simKernel) send(fd int, bufs [][]byte) (int, error) {
+	s, w := k.at("send", fd), k.w
+	switch {
+	case w.chance(60):
+		return 0, syscall.EINTR
+	case s.reset:
+		return 0, syscall.ECONNRESET
+	case s.outEnd:
+		return 0, syscall.EPIPE
+	}
+	total := 0
+	for _, b := range bufs {
+		total += len(b)
+	}
+	n := min(total, s.outCap-len(s.out))
+	if n > 0 && w.chance(12) { // for want of memory
+		n = 1 + w.rng.IntN(n)
+	}
+	s.full = s.full || n < total
+	for left := n; left > 0; bufs = bufs[1:] {
+		k := min(left, len(bufs[0]))
+		s.out = append(s.out, bufs[0][:k]...)
+		left -= k
+	}
+	if n == 0 {
+		return 0, syscall.EAGAIN
+	}
+	return n, nil
+}
+
+func (k *simKernel) shutdown(fd, how int) {
+	s := k.at("shutdown", fd)
+	s.outEnd, s.ready = true, true
+	s.shutRead = s.shutRead || how == syscall.SHUT_RDWR
+}
+
+func (k *simKernel) close(fd int) {
+	s := k.at("close", fd)
+	k.sockets[fd], s.fd, s.outEnd = nil, -1, true
+	if len(s.in) > 0 {
+		s.breakOff()
+	}
+}
+
+// breakOff is the relay's reset, which may overtake what is on its way.
+func (s *simSocket) breakOff() {
+	if !s.broken {
+		s.broken = true
+		s.out = s.out[:s.peer.w.rng.IntN(len(s.out)+1)]
+	}
+}
+
+// ---- world ----
+
+// simulation is a world: one relay and its surroundings.
+type simulation struct {
+	rng    *rand.Rand
+	o      options
+	tiny   bool
+	r      *relay
+	loop   *epollLoop
+	kernel *simKernel
+	batch  *writeBatch // the sweep's
+	asleep bool        // the loop waits
+
+	homes   []*simHome
+	peers   []*simPeer // in order of arrival
+	live    []*simPeer // of these, the ones that are not over on either side
+	byID    map[string]*simPeer
+	ending  bool // the relay drains
+	step    int
+	frames  int
+	reasons [closeReasonCount]int
+	trace   *logBuffer // nil for none
+}
+
+// simHome is a server-id.
+type simHome struct {
+	id     string
+	probe  bool // the relay's own check has it, for which there is no grace
+	holder *simPeer
+	freed  int64 // relay clock of the last holder's end
+	held   bool  // by anybody, ever
+}
+
+// simFailure is what a world panics with.
+type simFailure string
+
+func (w *simulation) fail(format string, args ...any) {
+	panic(simFailure(fmt.Sprintf(format, args...)))
+}
+
+func (w *simulation) log(format string, args ...any) {
+	if w.trace != nil {
+		fmt.Fprintf(w.trace, "%4d %9.3fs  %s\n", w.step, float64(w.now())/1e9, fmt.Sprintf(format, args...))
+	}
+}
+
+func (w *simulation) chance(n int) bool { return w.rng.IntN(n) == 0 }
+func (w *simulation) now() int64        { return w.r.now() }
+
+// size is mostly small, and sometimes the largest that there may be.
+func (w *simulation) size() int {
+	return w.rng.IntN(1 + min(w.o.maxFrame-1000, 1<<(2+w.rng.IntN(17))))
+}
+
+// simLimits make a world smaller than its seed alone would.
+type simLimits struct{ steps, homes int }
+
+func newSimulation(seed uint64, lim simLimits, trace *logBuffer) (w *simulation, steps int) {
+	w = &simulation{rng: rand.New(rand.NewPCG(seed, 0)), o: testOptions(), byID: map[string]*simPeer{}, trace: trace}
+	w.tiny = w.chance(3)
+	if w.tiny {
+		w.o.maxFrame, w.o.queue, w.o.queueTotal = 4<<10<<w.rng.IntN(4), 8<<10<<w.rng.IntN(5), 256<<10<<w.rng.IntN(3)
+		w.o.maxPhones = 1 + w.rng.IntN(4)
+	}
+	w.o.logLevel = logOff
+	log := slog.New(slog.DiscardHandler)
+	if trace != nil {
+		w.o.logLevel = slog.LevelDebug
+		log = newLogger(trace, w.o)
+	}
+	w.r = makeRelay(w.o, newIdentity(time.Now()), buildVersion{"sim", "unknown", runtime.Version()}, new(instanceState), new(probeKeys), log)
+	w.kernel = &simKernel{w: w}
+	w.loop = makeEpollLoop(w.r, w.kernel)
+	w.loop.buf = w.loop.buf[:64<<w.rng.IntN(11)] // a small one makes every frame a large one
+	w.r.loops = []poller{w.loop}
+	w.batch = w.r.newBatch()
+	for i := range min(1+w.rng.IntN(3), lim.homes) {
+		h := &simHome{id: fmt.Sprint("home-", i), probe: w.chance(20)}
+		if w.chance(20) {
+			h.id = fmt.Sprint(probePrefix, i)
+		}
+		w.homes = append(w.homes, h)
+	}
+	return w, min(50+w.rng.IntN(400), lim.steps)
+}
+
+// run is a whole world, up to the relay's end.
+func (w *simulation) run(steps int) {
+	for w.step = range steps {
+		w.act()
+		w.check()
+	}
+	w.settle()
+	w.drain()
+}
+
+func (w *simulation) act() {
+	p := w.anyPeer()
+	switch x := w.rng.IntN(100); {
+	case p == nil || x < 6:
+		w.arrive()
+	case x < 30:
+		p.push(1 + w.rng.IntN(1<<w.rng.IntN(18)))
+	case x < 50:
+		p.take(1 + w.rng.IntN(1<<w.rng.IntN(18)))
+	case x < 65:
+		w.turn()
+	case x < 85:
+		p.act()
+	case x < 90:
+		time.Sleep(time.Duration(1+w.rng.IntN(1000)) * time.Microsecond)
+		w.sweep()
+	case x < 95:
+		w.pump()
+	case x < 99:
+		w.advance(time.Duration(w.rng.IntN([]int{500, 2000, 6000, 15_000, 40_000}[w.rng.IntN(5)])) * time.Millisecond)
+	default:
+		d := 2*time.Second + time.Duration(w.rng.IntN(90_000))*time.Millisecond
+		w.log("the process stands still for %v", d)
+		time.Sleep(d)
+	}
+}
+
+func (w *simulation) anyPeer() *simPeer {
+	if len(w.live) == 0 {
+		return nil
+	}
+	return w.live[w.rng.IntN(len(w.live))]
+}
+
+// sweep is the relay's, in an order that the seed decides.
+func (w *simulation) sweep() {
+	w.batch.now = w.now()
+	for _, p := range slices.Clone(w.live) {
+		if !p.s.is(connClosed) {
+			p.s.checkTimeouts(w.batch)
+			w.batch.flush()
+			w.judge()
+		}
+	}
+	w.r.registry.expire(w.batch, w.batch.now)
+	w.batch.flush()
+	w.judge()
+}
+
+// turn is the loop's, unless it sleeps and nothing has happened.
+func (w *simulation) turn() bool {
+	idle := w.asleep
+	if !w.asleep {
+		idle, _ = w.loop.idle()
+		w.asleep = idle
+	}
+	if idle && !w.kernel.woken && len(w.kernel.pending()) == 0 {
+		w.checkSleep()
+		return false
+	}
+	w.loop.turn(idle)
+	w.asleep = false
+	w.judge()
+	return true
+}
+
+// pump lets the network and the loop go on until nothing moves.
+func (w *simulation) pump() {
+	for moved := true; moved; {
+		moved = false
+		for _, p := range slices.Clone(w.live) {
+			moved = p.push(math.MaxInt) || moved
+			if !p.deaf && p.slow == 0 {
+				moved = p.take(math.MaxInt) || moved
+			}
+			moved = p.sock.tellRoom() || moved
+		}
+		moved = w.turn() || moved
+	}
+	for _, p := range w.live {
+		answered := p.flaw == endNone || p.flaw == p.reason // else its answer could not be told from the rest
+		if p.closed && answered && !p.over && !p.stuck && !p.mute {
+			w.fail("%s: the close handshake is over, and the relay sends no FIN", p)
+		}
+	}
+	w.check()
+}
+
+// advance lets time pass as it does for a relay that runs.
+func (w *simulation) advance(d time.Duration) {
+	w.log("%v pass", d)
+	for w.pump(); d > 0; d -= mostLate {
+		time.Sleep(min(d, mostLate))
+		for _, p := range slices.Clone(w.live) {
+			p.tick()
+		}
+		w.sweep()
+		w.pump()
+		w.checkBounds()
+	}
+}
+
+// arrive brings a new connection.
+func (w *simulation) arrive() {
+	w.judge() // it may be the middle of a turn
+	h := w.homes[w.rng.IntN(len(w.homes))]
+	role := rolePhone
+	if h.holder == nil && w.chance(2) || w.chance(8) {
+		role = roleBinary
+	}
+	var srv *server
+	if v, ok := w.r.registry.servers.Load(h.id); ok {
+		srv = v.(*server)
+	}
+	now := w.now()
+	p := &simPeer{w: w, role: role, home: h, id: fmt.Sprintf("%s-%d", role, len(w.peers)), flaw: endNone, reason: endNone,
+		arrived: now, heard: now, took: now}
+	if w.r.enter(role) != nil {
+		w.fail("no room for a connection")
+	}
+	p.sock = w.kernel.open(p)
+	from := caller{role: role, serverID: h.id, addr: netip.MustParseAddr("192.0.2.1"), probe: h.probe}
+	p.s = newSession(w.r, from, p.id)
+	p.s.pingAt = p.arrived + int64(w.o.ping)/2 + w.rng.Int64N(int64(w.o.ping)/2)
+	if role == rolePhone && w.chance(3) {
+		p.say()
+	}
+	first := p.send[:w.rng.IntN(len(p.send)+1)]
+	p.send = p.send[len(first):]
+	w.peers, w.live, w.byID[p.id] = append(w.peers, p), append(w.live, p), p
+	want := endNone
+	switch {
+	case role == roleBinary:
+	case srv == nil && h.held && !h.probe:
+		want = endLastHeld
+	case srv == nil:
+		want = endNeverSeen
+	case len(srv.phones) >= w.o.maxPhones:
+		want = endTooManyPhones
+	default:
+		p.joined, p.daemon = true, h.holder
+	}
+	w.log("%s comes to %s, with %d bytes", p.id, h.id, len(first))
+	w.r.begin(p.s, from, &accepted{fd: p.sock.fd}, bytes.Clone(first), []byte(simAnswer))
+	// What is left of an answer has to fit, where the socket does not take it whole.
+	if got := p.s.endReason; got != want && got != endMemoryLimit && !p.unwatched() {
+		w.fail("%s was refused for %q, want %q", p.id, got, want)
+	}
+	if holds := p.s.server != nil && p.s.server.binary == p.s; role == roleBinary && holds != (h.holder == nil) {
+		w.fail("%s holds %s: %v; a holder was there: %v", p.id, h.id, holds, h.holder != nil)
+	}
+	w.judge()
+}
+
+// judge holds what has changed in the relay against what was done to it.
+func (w *simulation) judge() {
+	after := make([]*simPeer, len(w.homes))
+	for i, h := range w.homes {
+		v, ok := w.r.registry.servers.Load(h.id)
+		if !ok || v.(*server).binary == nil {
+			continue
+		}
+		if after[i] = h.holder; h.holder == nil || h.holder.s != v.(*server).binary {
+			after[i] = w.byID[v.(*server).binary.id]
+			for id := range v.(*server).phones {
+				w.byID[id].daemon = after[i]
+			}
+		}
+	}
+	for _, p := range w.live {
+		if p.reason == endNone && p.s.endReason != endNone {
+			p.judge(after[slices.Index(w.homes, p.home)])
+		}
+	}
+	for i, h := range w.homes {
+		if h.holder != nil && after[i] == nil {
+			h.freed = w.now()
+		}
+		if h.holder != after[i] {
+			w.log("%s is held by %v", h.id, after[i])
+		}
+		h.holder, h.held = after[i], h.held || after[i] != nil
+	}
+	w.live = slices.DeleteFunc(w.live, func(p *simPeer) bool { return p.over && p.s.is(connClosed) })
+}
+
+// check holds the relay's gauges and its budget against a recount.
+func (w *simulation) check() {
+	if err := w.r.check(); err != nil {
+		w.fail("%v", err)
+	}
+	held, live := 0, 0
+	chain := func(k *buffer) {
+		for ; k != nil; k = k.next {
+			held += len(k.b)
+		}
+	}
+	for _, p := range w.live {
+		s := p.s
+		if !s.is(connClosed) {
+			live++
+		}
+		for _, k := range [...]*buffer{s.unparsed, s.fragments} {
+			if k != nil {
+				held += len(k.b)
+			}
+		}
+		chain(s.out.head)
+		bound := w.o.queue + 1<<12 // control frames
+		if p.role == roleBinary {
+			bound += pauseAt + 50*(w.o.maxFrame+w.o.queue)
+		}
+		if s.out.n > bound {
+			w.fail("%d bytes are queued for %s", s.out.n, p)
+		}
+		if s.graceQueue != nil {
+			chain(s.graceQueue.head)
+			if n := s.graceQueue.n; n > w.o.queue+w.o.maxFrame+1<<10 {
+				w.fail("%d bytes of %s are held in grace", n, p)
+			}
+		}
+	}
+	if used := w.r.buffers.budget.used(); used != int64(held) {
+		w.fail("the budget says %d bytes, and %d are held", used, held)
+	}
+	if n := w.r.count(roleBinary) + w.r.count(rolePhone); n != live {
+		w.fail("%d connections are counted, and %d are there", n, live)
+	}
+}
+
+// checkSleep is for the moment in which the loop sleeps, and nothing will wake it that
+// has happened: whatever waits has to wait for something.
+func (w *simulation) checkSleep() {
+	if n := len(w.loop.inbox); n > 0 {
+		w.fail("the loop sleeps, and was not woken for %d connections", n)
+	}
+	for _, p := range w.live {
+		s, k := p.s, p.sock
+		switch {
+		case s.is(connClosed):
+		case !s.paused.Load():
+			owes := s.closeHeard && s.out.n > 0
+			if k.watched && (len(k.in) > 0 || k.ended() && !owes) {
+				w.fail("%s has %d bytes to read, ended %v, and the loop sleeps", p, len(k.in), k.ended())
+			}
+		case !s.is(connOpen):
+			w.fail("%s is paused past its end", p)
+		case s.behind != nil:
+			if b := s.behind; !slices.Contains(b.waiters, &s.conn) || b.out.n <= resumeAt {
+				w.fail("%s is forgotten: it waits behind %d bytes", p, b.out.n)
+			}
+		case s.server.binary != nil || !slices.Contains(s.server.waiters, &s.conn):
+			w.fail("%s is forgotten: it waits for a binary to come", p)
+		}
+		if s.out.n > 0 && !s.failed && !s.is(connClosed) && (s.blockedSince == 0 || !k.full && !k.ready) {
+			w.fail("%d bytes wait for %s, and nothing will send them", s.out.n, p)
+		}
+	}
+}
+
+// checkBounds is for the moment after a sweep: no timeout is missed.
+func (w *simulation) checkBounds() {
+	const slack = 2*mostLate + time.Second
+	o, now := &w.o, w.now()
+	for _, p := range w.live {
+		s := p.s
+		late := func(since int64, bound time.Duration, what string) {
+			if since != 0 && now-since > int64(bound+slack) {
+				w.fail("%s: %s for %v", p, what, time.Duration(now-since))
+			}
+		}
+		if s.paused.Load() || s.out.n > 0 {
+			p.busy = now
+		}
+		switch {
+		case s.is(connClosed):
+		case !s.is(connOpen):
+			late(max(p.ended, p.took), o.writeTimeout+2*o.closeTimeout, "closing") // slow is not silent
+		case s.paused.Load():
+		default:
+			late(s.blockedSince, o.writeTimeout, "takes nothing")
+			late(s.messageStart.Load(), o.messageTimeout, "half a message")
+			late(max(p.heard, p.busy), 2*o.ping, "silent")
+		}
+	}
+}
+
+// settle lets everything come to rest: who behaves has got all, and who does not is gone.
+func (w *simulation) settle() {
+	w.log("settling")
+	for _, p := range w.live {
+		p.slow = 0
+	}
+	w.advance(3 * w.o.ping)
+	for _, p := range w.peers {
+		p.checkSettled()
+	}
+}
+
+// drain is the relay's, with its steps in an order that the seed decides.
+func (w *simulation) drain() {
+	w.log("draining")
+	w.ending = true
+	w.r.draining.Store(true)
+	for _, role := range []role{rolePhone, roleBinary} {
+		for _, p := range slices.Clone(w.live) {
+			if p.role == role && !p.s.is(connClosed) {
+				p.s.startClose(w.batch, endShutdown)
+			}
+		}
+		w.batch.flush()
+		w.judge()
+		w.advance(time.Duration(w.rng.IntN(3000)) * time.Millisecond)
+	}
+	for _, p := range w.live {
+		if !p.s.is(connClosed) {
+			p.s.fail()
+		}
+	}
+	w.pump()
+	w.r.registry.expire(w.batch, math.MaxInt64)
+	w.batch.flush()
+	w.check()
+	w.r.registry.servers.Range(func(id, _ any) bool { w.fail("server-id %v is left", id); return false })
+	w.loop.mu.Lock()
+	w.loop.stopping = true
+	w.loop.mu.Unlock()
+	if _, stop := w.loop.idle(); !stop {
+		w.fail("the loop does not end: %d connections", w.loop.live)
+	}
+	for _, s := range w.kernel.sockets {
+		if s != nil {
+			w.fail("the descriptor of %s is open", s.peer)
+		}
+	}
+	if n := w.r.buffers.budget.used(); n != 0 || len(w.r.sessions) != 0 {
+		w.fail("%d bytes and %d sessions are left", n, len(w.r.sessions))
+	}
+}
+
+// ---- peers ----
+
+// simAnswer stands for the 101.
+const simAnswer = "HTTP/1.1 101 Switching Protocols\r\n\r\n"
+
+// simPeer is a daemon or a phone, and all that it knows.
+type simPeer struct {
+	w       *simulation
+	role    role
+	home    *simHome
+	id      string // conn_id
+	s       *session
+	sock    *simSocket
+	arrived int64 // relay clock, as the following
+	heard   int64 // the relay received something
+	took    int64 // it took something
+	busy    int64 // bytes waited for it, or it for its binary
+	halfAt  int64 // it left a message unfinished, 0 if it did not
+	ended   int64 // the relay ended it, 0 if it did not
+
+	// Its end of the wire.
+	send     []byte // the network has not taken it
+	sendEnd  bool   // FIN is behind send
+	got      []byte // not parsed
+	upgraded bool
+	closed   bool     // it has got a close frame
+	over     bool     // the network has told of the end
+	pings    []string // without an answer
+
+	// How it behaves.
+	deaf    bool // it takes nothing
+	wasDeaf bool
+	stuck   bool   // it took nothing, or little, for a time
+	mute    bool   // it says nothing, and answers no ping
+	slow    int    // bytes that it takes in one tick, 0 for all
+	done    bool   // it has said its last
+	rest    []byte // of a frame that it leaves unfinished, byte by byte
+	closes  int    // code of its close frame, 0 for none
+	lost    bool   // it ended TCP, or broke it
+	flaw    closeReason
+
+	reason closeReason // with which the relay ended it
+	code   uint16
+
+	// Of a phone.
+	joined    bool
+	daemon    *simPeer // nil before there is one
+	said      int      // messages
+	up        [][]byte // messages that no daemon has got
+	down      [][]byte // of these, the ones that it has not got
+	directive int      // close code that its daemon has sent, 0 for none
+	tell      simNotice
+	toldTo    *simPeer
+}
+
+// simNotice says whether a phone's daemon gets a close notice.
+type simNotice uint8
+
+const (
+	noticeNone simNotice = iota
+	noticeMaybe
+	noticeDue
+	noticeGot
+)
+
+func (p *simPeer) String() string {
+	if p == nil {
+		return "nobody"
+	}
+	return p.id
+}
+
+func (p *simPeer) fail(format string, args ...any) { p.w.fail(p.id+": "+format, args...) }
+
+// push hands bytes to the network.
+func (p *simPeer) push(most int) bool {
+	k := p.sock
+	n := min(most, len(p.send), k.inCap-len(k.in))
+	switch {
+	case k.reset:
+		return false
+	case k.fd < 0: // what comes behind the relay's end is answered with a reset
+		if len(p.send) > 0 {
+			k.breakOff()
+			p.send = nil
+		}
+		return false
+	case n > 0:
+		k.in = append(k.in, p.send[:n]...)
+		p.send = p.send[n:]
+	case len(p.send) == 0 && p.sendEnd && !k.inEnd:
+		k.inEnd = true
+		p.w.log("%s: FIN", p)
+	default:
+		return false
+	}
+	k.ready = true
+	return true
+}
+
+// take takes bytes from the network.
+func (p *simPeer) take(most int) bool {
+	k := p.sock
+	if p.over {
+		return false
+	}
+	if n := min(most, len(k.out)); n > 0 {
+		p.got = append(p.got, k.out[:n]...)
+		k.out = k.out[n:]
+		p.took = p.w.now()
+		k.tellRoom()
+		p.parse()
+		return true
+	}
+	if !k.outEnd && !k.broken {
+		return false
+	}
+	p.over, p.done, p.sendEnd = true, true, true
+	p.w.log("%s: the end", p)
+	slow := p.slow > 0 && !p.wasDeaf && !p.mute && k.outCap <= 8*p.slow // it has all before the relay has waited long enough
+	if !p.closed && !p.lost && (!p.stuck || slow) && !p.unwatched() && !p.w.ending && p.reason != endMemoryLimit {
+		p.fail("ended for %q without a close frame", p.reason)
+	}
+	p.w.judge()
+	return true
+}
+
+// parse takes frames of the relay apart.
+func (p *simPeer) parse() {
+	if !p.upgraded {
+		if len(p.got) < len(simAnswer) {
+			return
+		}
+		if !bytes.HasPrefix(p.got, []byte(simAnswer)) {
+			p.fail("got %.50q in place of the 101", p.got)
+		}
+		p.upgraded, p.got = true, p.got[len(simAnswer):]
+	}
+	for len(p.got) >= 2 {
+		size, n := 2, int(p.got[1])
+		switch {
+		case n == 126 && len(p.got) >= 4:
+			size, n = 4, int(binary.BigEndian.Uint16(p.got[2:]))
+		case n == 127 && len(p.got) >= 10:
+			size, n = 10, int(binary.BigEndian.Uint64(p.got[2:]))
+		case n >= 126:
+			return
+		}
+		if len(p.got) < size+n {
+			return
+		}
+		first, payload := p.got[0], p.got[size:size+n]
+		p.got = p.got[size+n:]
+		switch {
+		case p.closed:
+			p.fail("got opcode %#x behind the close frame", first)
+		case first == last|opText && p.role == roleBinary:
+			p.takeEnvelope(payload)
+		case first == last|opText:
+			if len(p.down) == 0 || !bytes.Equal(p.down[0], payload) {
+				p.fail("got %.60q, and %d other frames were sent", payload, len(p.down))
+			}
+			p.down = p.down[1:]
+		case first == last|opPing:
+			if !p.mute && !p.done {
+				p.send = append(p.send, clientFrame(last, opPong, payload)...)
+			}
+		case first == last|opPong:
+			i := slices.Index(p.pings, string(payload)) // of several, the latest may be answered alone
+			if i < 0 {
+				p.fail("pong %q answers no ping", payload)
+			}
+			p.pings = p.pings[i+1:]
+		case first == last|opClose:
+			p.takeClose(payload)
+		default:
+			p.fail("got a frame that begins with %#x", first)
+		}
+	}
+}
+
+// takeEnvelope is a daemon's: a phone's message or its close notice.
+func (p *simPeer) takeEnvelope(text []byte) {
+	rest, ok := bytes.CutPrefix(text, []byte(`{"conn_id":"`))
+	id, rest, ok2 := bytes.Cut(rest, []byte(`",`))
+	ph := p.w.byID[string(id)]
+	if !ok || !ok2 || ph == nil || ph.home != p.home || ph.role != rolePhone {
+		p.fail("got %.60q", text)
+	}
+	frame, isFrame := bytes.CutPrefix(rest, []byte(`"frame":`))
+	switch {
+	case ph.tell == noticeGot:
+		p.fail("got %.60q behind the close notice", text)
+	case ph.daemon != p:
+		p.fail("got %.60q of a phone that is %v's", text, ph.daemon)
+	case isFrame:
+		if len(ph.up) == 0 || !bytes.Equal(frame, append(slices.Clip(ph.up[0]), '}')) {
+			p.fail("got %.60q, and %d other messages were sent", text, len(ph.up))
+		}
+		ph.up = ph.up[1:]
+		p.w.frames++
+	default:
+		if want := fmt.Sprintf(`"close_code":%d}`, ph.code); string(rest) != want {
+			p.fail("got notice %q of %s, want %q", rest, ph, want)
+		}
+		if ph.tell == noticeNone || ph.tell == noticeDue && ph.toldTo != p {
+			p.fail("got a notice of %s, which ended for %q: %d", ph, ph.reason, ph.tell)
+		}
+		whole := ph.reason == endPeerClosed || ph.reason == ph.flaw || ph.reason == endPeerLost && !ph.sock.reset && ph.sock.watched
+		if len(ph.up) > 0 && whole {
+			p.fail("%d messages of %s, which ended for %q, are lost", len(ph.up), ph, ph.reason)
+		}
+		ph.tell = noticeGot
+	}
+}
+
+// takeClose holds a close frame against the reason for which the relay has ended it.
+func (p *simPeer) takeClose(payload []byte) {
+	p.closed = true
+	code, text := uint16(noCloseCode), ""
+	if len(payload) >= 2 {
+		code, text = binary.BigEndian.Uint16(payload), string(payload[2:])
+	}
+	want := ""
+	if p.reason != endPeerClosed && p.reason != endNone {
+		want = p.reason.String()
+	}
+	if p.reason == endNone || code != p.code || !strings.HasPrefix(text, want) || want == "" && text != "" {
+		p.fail("closed with %d %q, want %d %q", code, text, p.code, p.reason)
+	}
+	if p.reason == endBinaryDirective && len(p.down) > 0 {
+		p.fail("%d frames in front of the close are lost", len(p.down))
+	}
+	p.w.log("%s: closed with %d %q", p, code, text)
+	if p.mute {
+		return
+	}
+	if !p.done || p.flaw == endNotJSON || p.flaw == endInvalidUTF8 { // its frames are as they should be
+		p.send = append(p.send, clientFrame(last, opClose, payload[:min(len(payload), 2)])...)
+	}
+	// A client should leave it to the server to end TCP (RFC 6455 §7.1.1).
+	p.done, p.sendEnd = true, p.sendEnd || p.halfAt != 0 || p.w.chance(2)
+}
+
+func (p *simPeer) unwatched() bool { return !p.sock.watched }
+
+// judge is for the moment at which the relay has ended p: is there a cause? holder is
+// who holds p's home now.
+func (p *simPeer) judge(holder *simPeer) {
+	w, o, s, now := p.w, &p.w.o, p.s, p.w.now()
+	p.reason, p.code, p.ended = s.endReason, s.endCode, now
+	w.reasons[p.reason]++
+	w.log("%s has ended for %q, code %d", p, p.reason, p.code)
+	before := p.home.holder
+	since := func(t int64, least time.Duration) bool { return now-t >= int64(least) }
+	ok := false
+	switch p.reason {
+	case endPeerClosed:
+		ok = p.closes == int(p.code)
+	case endPeerLost:
+		ok = p.lost || p.unwatched() || w.ending && s.failed
+	case endHeartbeat:
+		ok = since(p.heard, o.ping) && (p.mute || p.done || p.stuck) && s.out.n <= 2+maxControl // no ping behind a queue
+	case endMessageTimeout:
+		ok = p.halfAt != 0 && since(p.halfAt, o.messageTimeout)
+	case endWriteTimeout:
+		ok = since(p.took, o.writeTimeout) && p.stuck
+	case endBacklogFull:
+		n := len(p.sock.out)
+		for _, frame := range p.down {
+			n += maxSendHeader + len(frame)
+		}
+		ok = p.role == rolePhone && n > o.queue
+	case endMemoryLimit:
+		ok = 2*(w.r.buffers.budget.used()+int64(2*o.maxFrame)+int64(bufferSizes[len(bufferSizes)-1])) > o.queueTotal
+	case endNeverSeen, endLastHeld, endTooManyPhones:
+		ok = p.role == rolePhone && !p.joined
+	case endBinaryGone:
+		ok = p.joined && holder == nil || before != holder
+	case endGraceExpired:
+		ok = p.joined && (p.home.probe || before == nil && since(p.home.freed, o.grace))
+	case endReclaimed, endReplaced:
+		ok = p.joined && before != holder
+	case endTakenOver:
+		ok = p.role == roleBinary && since(p.heard, o.challengeTimeout)
+	case endAlreadyClaimed:
+		for _, h := range [...]*simPeer{before, holder} { // who was there, or has followed just now
+			ok = ok || h != nil && h != p && h.heard >= p.arrived
+		}
+	case endBinaryDirective:
+		ok = p.directive == int(p.code)
+	case endShutdown:
+		ok = w.ending
+	default:
+		ok = p.reason == p.flaw
+	}
+	if !ok {
+		p.fail("ended for %q, code %d, without a cause: %+v", p.reason, p.code, p.facts())
+	}
+	if !p.joined {
+		return
+	}
+	switch p.reason {
+	case endBinaryDirective, endReclaimed, endReplaced, endGraceExpired, endBinaryGone:
+		return
+	}
+	switch {
+	case before != holder, p.directive != 0 && (p.reason == endBacklogFull || p.reason == endMemoryLimit):
+		p.tell = noticeMaybe
+	case holder != nil:
+		p.tell, p.toldTo = noticeDue, holder
+	}
+}
+
+// facts are what a failure shows.
+func (p *simPeer) facts() string {
+	s, now := p.s, p.w.now()
+	return fmt.Sprintf("deaf %v, stuck %v, mute %v, slow %d, done %v, closes %d, lost %v, flaw %d, heard %v ago, took %v ago, "+
+		"queued %d, used %d, paused %v",
+		p.deaf, p.stuck, p.mute, p.slow, p.done, p.closes, p.lost, p.flaw, time.Duration(now-p.heard), time.Duration(now-p.took),
+		s.out.n, p.w.r.buffers.budget.used(), s.paused.Load())
+}
+
+// checkSettled is for the end: what could arrive has arrived.
+func (p *simPeer) checkSettled() {
+	healthy := func(p *simPeer) bool { return p != nil && p.reason == endNone && !p.deaf && !p.done }
+	switch {
+	case p.tell == noticeDue && healthy(p.toldTo):
+		p.fail("its daemon has got no notice")
+	case p.reason != endNone && !p.s.is(connClosed):
+		p.fail("still closing for %q", p.reason)
+	case !healthy(p):
+	case p.mute:
+		p.fail("silent, and still there")
+	case p.sock.fd >= 0 && p.sock.limitation != (p.role == roleBinary):
+		p.fail("its kernel buffer is bounded: %v", p.sock.limitation)
+	case len(p.pings) > 0:
+		p.fail("%d pings without an answer", len(p.pings))
+	case p.s.contendsSince != 0:
+		p.fail("still contends")
+	case len(p.down) > 0 && healthy(p.daemon) && p.directive == 0:
+		p.fail("%d frames have not arrived", len(p.down))
+	case p.directive != 0 && healthy(p.daemon):
+		p.fail("its daemon closed it, and it is there")
+	case len(p.up) > 0 && healthy(p.daemon):
+		p.fail("%d messages have not arrived", len(p.up))
+	}
+}
+
+// write sends a message, as one frame or in fragments with pings between them.
+func (p *simPeer) write(message []byte) {
+	rng, op := p.w.rng, byte(opText)
+	if rng.IntN(8) == 0 {
+		op = opBinary
+	}
+	for rng.IntN(4) == 0 {
+		n := rng.IntN(len(message) + 1)
+		p.send = append(p.send, clientFrame(more, op, message[:n])...)
+		message, op = message[n:], opContinuation
+		if rng.IntN(3) == 0 {
+			p.ping()
+		}
+	}
+	p.send = append(p.send, clientFrame(last, op, message)...)
+}
+
+func (p *simPeer) ping() {
+	ping := fmt.Sprint("ping ", p.w.rng.Uint32())
+	p.pings = append(p.pings, ping)
+	p.send = append(p.send, clientFrame(last, opPing, []byte(ping))...)
+}
+
+// say sends a message to the other side.
+func (p *simPeer) say() {
+	w := p.w
+	message := makeMessage(p.id, p.said, "", w.size())
+	p.said++
+	if p.role == rolePhone {
+		p.up = append(p.up, message)
+		p.write(message)
+		return
+	}
+	var mine []*simPeer
+	for _, ph := range w.live {
+		if ph.daemon == p && ph.directive == 0 && ph.reason == endNone {
+			mine = append(mine, ph)
+		}
+	}
+	other := w.anyPeer()
+	foreign := other.home != p.home || other.role == roleBinary || other.daemon != nil && p.s.contendsSince != 0
+	if foreign && w.chance(5) {
+		p.write(fmt.Appendf(nil, `{"conn_id":%q,"frame":"not yours","close_code":4401}`, other.id))
+		return
+	}
+	if len(mine) == 0 || w.chance(20) {
+		bad := []string{`[]`, `{"frame":1}`, `{"conn_id":"nobody","frame":1}`, `{"conn_id":"x","close_code":1005}`, `{"push_wake":{}}`}
+		p.write([]byte(bad[w.rng.IntN(len(bad))]))
+		return
+	}
+	ph := mine[w.rng.IntN(len(mine))]
+	if w.chance(25) {
+		ph.directive = 4401 + w.rng.IntN(30)
+		w.log("%s closes %s with %d", p, ph, ph.directive)
+		if w.chance(2) {
+			p.write(fmt.Appendf(nil, `{"close_code":%d,"conn_id":%q,"frame":null}`, ph.directive, ph.id))
+			return
+		}
+		ph.down = append(ph.down, message)
+		p.write(fmt.Appendf(nil, `{"conn_id":%q,"frame":%s,"close_code":%d}`, ph.id, message, ph.directive))
+		return
+	}
+	ph.down = append(ph.down, message)
+	p.write(fmt.Appendf(nil, `{"frame":%s,"conn_id":%q}`, message, ph.id))
+}
+
+// act is what a peer does of its own.
+func (p *simPeer) act() {
+	w := p.w
+	if p.deaf && w.chance(3) {
+		p.deaf = false
+	}
+	if p.done || p.mute {
+		return
+	}
+	switch x := w.rng.IntN(100); {
+	case x < 72:
+		for range 1 + w.rng.IntN(1<<w.rng.IntN(6)) {
+			p.say()
+		}
+		return
+	case x < 80:
+		p.ping()
+		return
+	case x < 84:
+		p.deaf, p.wasDeaf, p.stuck = true, true, true
+		w.log("%s takes nothing", p)
+		return
+	case x < 87:
+		p.slow, p.stuck = 1<<(5+w.rng.IntN(8)), true
+		w.log("%s takes %d bytes in a tick", p, p.slow)
+		return
+	case x < 89:
+		p.mute = true
+		w.log("%s is silent from now on", p)
+		return
+	}
+	p.done = true
+	switch x := w.rng.IntN(10); {
+	case x < 3:
+		p.closes = []int{noCloseCode, 1000, 1001, 3000 + w.rng.IntN(2000)}[w.rng.IntN(4)]
+		payload := closePayload(uint16(p.closes), "")
+		if p.closes == noCloseCode {
+			payload = nil
+		}
+		p.send = append(p.send, clientFrame(last, opClose, payload)...)
+		p.sendEnd = w.chance(4)
+		w.log("%s closes with %d", p, p.closes)
+	case x < 5:
+		p.lost, p.sendEnd = true, true
+		if w.chance(2) {
+			p.send = append(p.send, clientFrame(last, opText, []byte(`"half of it"`))[:9]...)
+		}
+		w.log("%s ends TCP", p)
+	case x < 7:
+		p.send, p.lost, p.over = nil, true, true
+		p.sock.reset, p.sock.ready, p.sock.out = true, true, nil
+		w.log("%s breaks TCP", p)
+		w.judge()
+	case x < 8:
+		frame := clientFrame(last, opText, makeMessage(p.id, 0, "", 200))
+		n := 1 + w.rng.IntN(len(frame)-1)
+		p.send, p.rest, p.halfAt = append(p.send, frame[:n]...), frame[n:], w.now()
+		w.log("%s leaves a message unfinished", p)
+	default:
+		v := violations[w.rng.IntN(len(violations))]
+		for v.reason == endNotJSON && p.role == roleBinary {
+			v = violations[w.rng.IntN(len(violations))]
+		}
+		p.flaw = v.reason
+		p.send = append(p.send, v.bytes...)
+		w.log("%s breaks a rule: %v", p, v.reason)
+	}
+}
+
+// tick is what half a second brings.
+func (p *simPeer) tick() {
+	if p.slow > 0 {
+		p.take(p.slow)
+	}
+	if len(p.rest) > 1 && p.w.chance(3) {
+		p.send, p.rest = append(p.send, p.rest[0]), p.rest[1:]
+	}
+}
+
+// ---- runs ----
+
+// simulate runs a world, and returns what fails in it, and at which step.
+func simulate(seed uint64, lim simLimits, trace *logBuffer) (w *simulation, failure string) {
+	w, steps := newSimulation(seed, lim, trace)
+	defer func() {
+		switch v := recover().(type) {
+		case nil:
+		case simFailure:
+			failure = string(v)
+		default:
+			failure = fmt.Sprintf("panic: %v\n%s", v, debug.Stack())
+		}
+	}()
+	w.run(steps)
+	return w, ""
+}
+
+// TestSimulation runs PYRYCODE_SIMULATION_WORLDS worlds, from PYRYCODE_SIMULATION_SEED
+// on. PYRYCODE_SIMULATION is one world, with its trace.
+func TestSimulation(t *testing.T) {
+	t.Parallel()
+	if v := os.Getenv("PYRYCODE_SIMULATION"); v != "" {
+		seed, lim := parseWorld(t, v)
+		synctest.Test(t, func(t *testing.T) {
+			trace := new(logBuffer)
+			if _, failure := simulate(seed, lim, trace); failure != "" {
+				t.Errorf("%s\n%s", trace, failure)
+			} else {
+				t.Logf("%s", trace)
+			}
+		})
+		return
+	}
+	first, n := stressNumber(t, "PYRYCODE_SIMULATION_SEED", 1), stressNumber(t, "PYRYCODE_SIMULATION_WORLDS", fewWorlds(100, 20))
+	workers := uint64(runtime.GOMAXPROCS(0))
+	for i := range workers {
+		t.Run(fmt.Sprint(i), func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				frames, reasons := 0, [closeReasonCount]int{}
+				for seed := first + i; seed < first+n && !t.Failed(); seed += workers {
+					w, failure := simulate(seed, simLimits{math.MaxInt, math.MaxInt}, nil)
+					if failure != "" {
+						reportWorld(t, seed, w.step, failure)
+					}
+					frames += w.frames
+					for r, k := range w.reasons {
+						reasons[r] += k
+					}
+				}
+				text := ""
+				for r, k := range reasons {
+					text += fmt.Sprintf(", %s %d", closeReason(r), k)
+				}
+				t.Logf("%d frames up; ends: %s", frames, text[2:])
+			})
+		})
+	}
+}
+
+// TestSimulationIsDecidedBySeed runs worlds twice.
+func TestSimulationIsDecidedBySeed(t *testing.T) {
+	t.Parallel()
+	for seed := range fewWorlds(5, 1) {
+		var traces [2]logBuffer
+		for i := range traces {
+			synctest.Test(t, func(t *testing.T) { simulate(seed, simLimits{math.MaxInt, math.MaxInt}, &traces[i]) })
+		}
+		a, b := strings.Split(traces[0].String(), "\n"), strings.Split(traces[1].String(), "\n")
+		for i, line := range a {
+			if i >= len(b) || b[i] != line {
+				t.Fatalf("seed %d, line %d of %d: %q, and then %q", seed, i, len(a), line, b[min(i, len(b)-1)])
+			}
+		}
+	}
+}
+
+// parseWorld reads a seed with its limits, as reportWorld writes them.
+func parseWorld(t *testing.T, v string) (seed uint64, lim simLimits) {
+	lim = simLimits{math.MaxInt, math.MaxInt}
+	parts := strings.Split(v, ",")
+	seed, err := strconv.ParseUint(parts[0], 10, 64)
+	for i, p := range [...]*int{&lim.steps, &lim.homes} {
+		if err == nil && i+1 < len(parts) {
+			*p, err = strconv.Atoi(parts[i+1])
+		}
+	}
+	if err != nil {
+		t.Fatalf("PYRYCODE_SIMULATION: %v", err)
+	}
+	return seed, lim
+}
+
+// reportWorld makes a world that fails as small as it goes, and says how to run it.
+func reportWorld(t *testing.T, seed uint64, steps int, failure string) {
+	lim := simLimits{steps + 1, 3}
+	try := func(smaller simLimits) {
+		if w, f := simulate(seed, smaller, nil); f != "" && w.step < lim.steps {
+			failure, lim = f, smaller
+		}
+	}
+	for cut := lim.steps / 2; cut > 0; cut /= 2 {
+		try(simLimits{lim.steps - cut, lim.homes})
+	}
+	for homes := 1; homes < lim.homes; homes++ {
+		try(simLimits{lim.steps, homes})
+	}
+	trace := new(logBuffer)
+	simulate(seed, lim, trace)
+	lines := strings.Split(strings.TrimSpace(trace.String()), "\n")
+	t.Errorf("%s\nto run it again: PYRYCODE_SIMULATION=%d,%d,%d go test -run '^TestSimulation$' -v .\nits last lines:\n%s",
+		failure, seed, lim.steps, lim.homes, strings.Join(lines[max(0, len(lines)-40):], "\n"))
+}
+
+// ---- parts of the loop ----
+
+// Connections that flood the relay take turns, a few between two looks at who
+// else has something, and in the order in which they came.
+func TestEpollReadyTakeTurns(t *testing.T) {
+	t.Parallel()
+	l := &epollLoop{share: 1}
+	var all []*conn
+	for range 2*roundReads + 1 {
+		s := &epollSocket{loop: l, fd: -1, busy: true}
+		s.c = &conn{sock: s}
+		all = append(all, s.c)
+	}
+	l.ready = slices.Clone(all)
+	for _, want := range []int{roundReads, 2 * roundReads, len(all), len(all)} {
+		l.readOn()
+		if !slices.Equal(l.ready, all[want:]) {
+			t.Fatalf("%d still wait, want the last %d", len(l.ready), len(all)-want)
+		}
+		for i, c := range all {
+			if waits := c.sock.(*epollSocket).busy; waits != (i >= want) {
+				t.Fatalf("number %d waits: %v, when %d had their turn", i, waits, want)
+			}
+		}
+	}
+}
+
+// tightKernel takes what there is room for.
+type tightKernel struct {
+	kernel
+	room int
+	sent []byte
+}
+
+func (k *tightKernel) send(_ int, bufs [][]byte) (int, error) {
+	n := min(k.room, len(bufs[0]))
+	if n == 0 {
+		return 0, syscall.EAGAIN
+	}
+	k.sent = append(k.sent, bufs[0][:n]...)
+	k.room -= n
+	return n, nil
+}
+
+// What is encrypted and not sent is charged, bounded and in order, for a peer that
+// makes TLS answer and takes nothing as well.
+func TestEpollSealedStages(t *testing.T) {
+	t.Parallel()
+	r, k := startRelay(t, testOptions()).relay, &tightKernel{room: 1000}
+	s := &sealed{sock: &epollSocket{loop: &epollLoop{relay: r, kernel: k}, fd: 1}}
+	var want []byte
+	for i := 0; ; i++ {
+		p := bytes.Repeat([]byte{byte(i)}, 999)
+		n, err := s.Write(p)
+		if err != nil {
+			break
+		}
+		want = append(want, p...)
+		held := len(want) - 1000
+		if n != len(p) || held > 2*maxRecord || held > 0 && r.buffers.budget.used() < int64(held) || s.unsent() != (held > 0) {
+			t.Fatalf("%d of %d bytes taken, %d held, %d charged", n, len(p), held, r.buffers.budget.used())
+		}
+	}
+	if len(want) < 2*maxRecord {
+		t.Errorf("%d bytes were taken, want %d and more", len(want), 2*maxRecord)
+	}
+	for s.unsent() {
+		k.room = 700
+	}
+	if !bytes.Equal(k.sent, want) || r.buffers.budget.used() != 0 {
+		t.Errorf("%d bytes arrived, want %d in order; %d are still charged", len(k.sent), len(want), r.buffers.budget.used())
+	}
+}
