@@ -170,7 +170,7 @@ func serve(ctx context.Context, o options, env map[string]string, w *logWriter) 
 	r.metrics.logLost = &w.lost
 	lock.serving(r, addr, adminAddr)
 	failed := make(chan error, 2)
-	doors := []door{openDoor(r.entrance(public, cert), r, r, failed)}
+	doors := []*door{openDoor(r.entrance(public, cert), r, r, failed)}
 	if admin != nil {
 		doors = append(doors, openDoor(admin, r.admin(), r, failed))
 	}
@@ -236,12 +236,22 @@ func holdInstance(o options, log *slog.Logger, state *instanceState, info lockIn
 type door struct {
 	ln     net.Listener
 	server *http.Server
-	shut   chan struct{} // nothing is accepted any more
+	shut   chan struct{}  // nothing is accepted any more
+	guests sync.WaitGroup // connections that net/http has
 }
 
 // openDoor serves h on ln for r, and reports an end other than by closing either.
-func openDoor(ln net.Listener, h http.Handler, r *relay, failed chan<- error) door {
-	d := door{ln, newServer(h, r), make(chan struct{})}
+func openDoor(ln net.Listener, h http.Handler, r *relay, failed chan<- error) *door {
+	d := &door{ln: ln, server: newServer(h, r), shut: make(chan struct{})}
+	limit := d.server.ConnState
+	d.server.ConnState = func(nc net.Conn, s http.ConnState) {
+		switch limit(nc, s); s {
+		case http.StateNew:
+			d.guests.Add(1)
+		case http.StateHijacked, http.StateClosed:
+			d.guests.Done()
+		}
+	}
 	go func() {
 		defer close(d.shut)
 		if err := d.server.Serve(guests{ln}); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
@@ -268,7 +278,7 @@ func newServer(h http.Handler, r *relay) *http.Server {
 // stop drains r: the listeners close first, then every peer is told. Until that is
 // over, a load balancer that keeps a connection alive for its questions is
 // answered 503. It reports false if a second signal came meanwhile.
-func stop(r *relay, doors []door, signals <-chan os.Signal, deadline time.Duration) bool {
+func stop(r *relay, doors []*door, signals <-chan os.Signal, deadline time.Duration) bool {
 	ctx, cancel := context.WithTimeout(context.Background(), deadline)
 	defer cancel()
 	r.draining.Store(true)
@@ -280,14 +290,24 @@ func stop(r *relay, doors []door, signals <-chan os.Signal, deadline time.Durati
 			<-d.shut
 		}
 		r.drain(ctx)
-		// What was accepted last is answered; what waits in a socket of the service
-		// manager is for the next process.
-		last, cancel := context.WithTimeout(context.Background(), lingerTime)
-		defer cancel()
+		// What was accepted last is answered, which Shutdown does not do; what waits in a
+		// socket of the service manager is for the next process.
 		for _, d := range doors {
-			if d.server.Shutdown(last) != nil {
-				d.server.Close()
+			d.server.SetKeepAlivesEnabled(false)
+		}
+		answered := make(chan struct{})
+		go func() {
+			defer close(answered)
+			for _, d := range doors {
+				d.guests.Wait()
 			}
+		}()
+		select {
+		case <-answered:
+		case <-time.After(lingerTime):
+		}
+		for _, d := range doors {
+			d.server.Close()
 		}
 	}()
 	select {

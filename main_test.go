@@ -142,42 +142,46 @@ func TestProgramIsNotReadyWhileDraining(t *testing.T) {
 	}
 }
 
-// A request that is under way when the relay stops is answered, if that does not take
-// for ever: its connection is no longer in the socket.
+// A connection that was accepted is no longer in the socket, so a request on it is
+// answered when the relay stops, if that does not take for ever.
 func TestProgramAnswersWhatItHasAccepted(t *testing.T) {
 	t.Parallel()
-	for lasts, want := range map[time.Duration]string{lingerTime / 2: "HTTP/1.1 200 OK", time.Hour: ""} {
+	const soon = lingerTime / 2
+	for _, c := range []struct {
+		asks, lasts time.Duration // from the beginning of the end, and from the request
+		want        string
+	}{{0, soon, "HTTP/1.1 200 OK"}, {soon, 0, "HTTP/1.1 200 OK"}, {0, time.Hour, ""}, {time.Hour, 0, ""}} {
 		onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
 			ln := &pipeListener{conns: make(chan net.Conn), done: make(chan struct{})}
 			over := make(chan struct{})
 			defer close(over)
-			slow := http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+			d := openDoor(ln, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
 				select {
-				case <-time.After(lasts):
+				case <-time.After(c.lasts):
 				case <-over:
 				}
-			})
-			d := openDoor(ln, slow, r.relay, make(chan error, 1))
+			}), r.relay, make(chan error, 1))
 			nc, err := ln.dial()
 			if err != nil {
 				t.Fatal(err)
 			}
 			answer := make(chan string)
 			go func() {
+				time.Sleep(c.asks)
 				io.WriteString(nc, "GET / HTTP/1.1\r\nHost: x\r\n\r\n")
 				b, _ := io.ReadAll(nc)
 				line, _, _ := strings.Cut(string(b), "\r\n")
 				answer <- line
 			}()
-			synctest.Wait() // it is being answered
+			synctest.Wait() // it is being answered, or not asked yet
 			r.srv.Close()
 			start := time.Now()
-			r.once.Do(func() { stop(r.relay, []door{d}, nil, time.Minute) })
+			r.once.Do(func() { stop(r.relay, []*door{d}, nil, time.Minute) })
 			if took := time.Since(start); took > lingerTime {
-				t.Errorf("the end took %v", took)
+				t.Errorf("%+v: the end took %v", c, took)
 			}
-			if got := <-answer; got != want {
-				t.Errorf("a request that takes %v was answered %q, want %q", lasts, got, want)
+			if got := <-answer; got != c.want {
+				t.Errorf("%+v: answered %q", c, got)
 			}
 		})
 	}
