@@ -34,7 +34,8 @@ type manager struct {
 	sockets  map[string]net.Listener // that it holds as well, by the flag that they stand in for
 	log      *slog.Logger
 
-	deaf atomic.Bool // it did not take something, which is in the log
+	deaf  atomic.Bool // it did not take something, which is in the log
+	ready atomic.Bool // it was told that the relay serves
 }
 
 const (
@@ -134,6 +135,7 @@ func (m *manager) attend(r *relay) (stop func()) {
 		every = min(every, m.watchdog/2) // sd_watchdog_enabled(3)
 	}
 	m.tell("READY=1", statusLine(r))
+	m.ready.Store(true)
 	r.turning()
 	quit, done := make(chan struct{}), make(chan struct{})
 	go func() {
@@ -168,11 +170,13 @@ func statusLine(r *relay) string {
 	return fmt.Sprintf("STATUS=binaries: %d, phones: %d; %s", s.Binaries, s.Phones, s.Summary)
 }
 
-// reload tells the manager of a reload, which do does.
+// reload tells the manager of a reload, which do does, unless the relay only starts.
 func (m *manager) reload(do func()) {
-	m.tell("RELOADING=1", fmt.Sprint("MONOTONIC_USEC=", monotonic()/1000))
+	if m.ready.Load() {
+		m.tell("RELOADING=1", fmt.Sprint("MONOTONIC_USEC=", monotonic()/1000))
+		defer m.tell("READY=1")
+	}
 	do()
-	m.tell("READY=1")
 }
 
 // monotonic is CLOCK_MONOTONIC in nanoseconds, where a service manager asks for it.
@@ -268,8 +272,10 @@ func (k *waker) wake(serverID string, now int64) {
 // send makes one request. What the log gets of a failure is the URL's host, and the
 // answer's status: an answer can repeat the rest of the URL.
 func (k *waker) send(ctx context.Context) wakeOutcome {
-	q := (&http.Request{Method: http.MethodPost, URL: k.url, Body: io.NopCloser(strings.NewReader(wakeText)), ContentLength: int64(len(wakeText)),
-		Header: http.Header{"Content-Type": {"text/plain; charset=utf-8"}, "User-Agent": {programName}}}).WithContext(ctx)
+	q := (&http.Request{
+		Method: http.MethodPost, URL: k.url, Body: io.NopCloser(strings.NewReader(wakeText)), ContentLength: int64(len(wakeText)),
+		Header: http.Header{"Content-Type": {"text/plain; charset=utf-8"}, "User-Agent": {programName}},
+	}).WithContext(ctx)
 	outcome, cause := wakeFailed, "no answer in HTTP"
 	resp, err := k.client.Do(q)
 	if err == nil {
