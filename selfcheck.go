@@ -588,9 +588,8 @@ const (
 	longestRefusal = 5 * time.Second
 	// handOver is between rounds while another relay serves in this one's place.
 	handOver = 1500 * time.Millisecond
-	// For so many server-ids pages are asked for before a round, two for each, and for
-	// more of them once another relay was met there: a balancer that takes turns at random
-	// hides one of two relays from all 16 pages once in 65,536 rounds.
+	// For so many server-ids pages are asked for before such a round, two for each, and
+	// for more of them once another relay was met.
 	firstIDs    = 2
 	handOverIDs = 8
 )
@@ -787,19 +786,30 @@ func (f *roundResult) add(r outcome) {
 	}
 }
 
+// stayer is the index of another relay that is to stay, -1 if none was met.
+func (f *roundResult) stayer(me identity) int {
+	return slices.IndexFunc(f.others, func(o rival) bool { return o.stays(me) })
+}
+
 // look makes one round, with a number of phones.
 func (c *publicCheck) look(ctx context.Context, joins int) (f roundResult) {
 	f.verdict = publicVerified
 	d := &c.dialer
 	clear(d.lost)
+	waits := c.state.waits.Load()
 	defer func() {
+		if waits && len(f.others) > 0 && f.stayer(c.me) < 0 { // they wait, too: is there one for which?
+			if g, yes := c.replaced(ctx, handOverIDs*(1+len(f.others))); yes {
+				f = g
+			}
+		}
 		f.addrs = len(d.addrs)
 		f.unseen = slices.DeleteFunc(slices.Clone(d.addrs), func(a netip.Addr) bool { return !d.lost[a] })
 	}()
-	if c.state.waits.Load() {
+	if waits {
 		ids := firstIDs
-		if c.seen != nil {
-			ids = handOverIDs
+		if n := len(c.seen); n > 0 { // the more take turns, the better one of them hides
+			ids, joins = n*handOverIDs, n*firstJoins
 		}
 		if g, yes := c.replaced(ctx, ids); yes {
 			return g
@@ -1003,7 +1013,7 @@ func (c *publicCheck) upTo(d time.Duration) time.Duration {
 // meanwhile.
 func (c *publicCheck) judge(f roundResult, now time.Time) error {
 	if c.state.waits.Load() {
-		if i := slices.IndexFunc(f.others, func(o rival) bool { return o.stays(c.me) }); i >= 0 {
+		if i := f.stayer(c.me); i >= 0 {
 			if o := f.others[i]; c.seen == nil {
 				_, why := o.prevails(c.me, false)
 				c.log.Info("another relay serves the public name: users are refused (503) until that one is gone",
