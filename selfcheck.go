@@ -655,6 +655,7 @@ type publicCheck struct {
 	// Owned by run.
 	refusal   *time.Timer  // lets users in where the first round takes long
 	blind     bool         // no relay gives the pages that the check asks for while users are refused
+	suspected bool         // the last round saw a split, and that was not enough
 	sightings uint32       // a bit for each of splitWindow rounds in which another relay was seen, the last one lowest
 	unseen    []netip.Addr // of the verdict in the log
 	changed   time.Time
@@ -717,7 +718,7 @@ func (c *publicCheck) run(ctx context.Context) {
 		switch {
 		case c.state.waits.Load() && !c.blind:
 			joins, wait = firstJoins, min(handOver, c.pace.again)
-		case c.blind && c.state.waits.Load(), c.sightings != 0 && verdict != publicSplit:
+		case c.suspected, c.blind && c.state.waits.Load(), c.sightings != 0 && verdict != publicSplit:
 			joins, wait = firstJoins, c.pace.again
 		case verdict != publicVerified && time.Since(c.changed) < 2*c.pace.every:
 			wait = c.pace.again // what has just gone wrong may be over soon
@@ -765,6 +766,7 @@ type outcome struct {
 type roundResult struct {
 	verdict   publicVerdict // verified, split, not-a-relay or unreachable
 	others    []rival       // of a split: the other relays that give their names, the oldest first
+	none      bool          // of a split: no claim came here, and phones followed theirs
 	diagnosis diagnosis     // of the rest
 	joins     int           // phones that tried
 	failed    int           // of them
@@ -845,6 +847,7 @@ func (c *publicCheck) look(ctx context.Context, joins int) (f roundResult) {
 		}
 		c.rest(ctx)
 	}
+	f.none = f.verdict == publicVerified
 	for _, r := range elsewhere {
 		f.add(r)
 	}
@@ -1010,7 +1013,8 @@ func (c *publicCheck) upTo(d time.Duration) time.Duration {
 // judge makes a verdict of a round. An error names the relay for which this one gives
 // way. One round alone is no split: while a relay is replaced both answer for a moment.
 // Nor is a split over with one round that does not see it, if it was not seen in others
-// meanwhile.
+// meanwhile. A round without a claim here is no sighting to be counted: a balancer that
+// sticks by server-id may give this relay few of them.
 func (c *publicCheck) judge(f roundResult, now time.Time) error {
 	if c.state.waits.Load() {
 		if i := f.stayer(c.me); i >= 0 {
@@ -1024,10 +1028,11 @@ func (c *publicCheck) judge(f roundResult, now time.Time) error {
 		c.seen = nil
 		c.admit()
 	}
-	was, saw, before := c.state.verdict(), f.verdict == publicSplit, c.sightings&1 == 1
-	c.sightings = (c.sightings<<1 | uint32(truth(saw))) & (1<<splitWindow - 1)
+	was, saw, before := c.state.verdict(), f.verdict == publicSplit, c.suspected
+	c.sightings = (c.sightings<<1 | uint32(truth(saw && !f.none))) & (1<<splitWindow - 1)
+	c.suspected = saw && was != publicSplit && !before
 	switch {
-	case saw && was != publicSplit && !before && bits.OnesCount32(c.sightings) < splitSightings:
+	case c.suspected && bits.OnesCount32(c.sightings) < splitSightings:
 		c.log.Info("another relay answered to the public name; checking again", "url", c.url, "other", names(f.others), "in", c.pace.again)
 		c.sight(f.others, now)
 		return nil
