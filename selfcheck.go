@@ -546,9 +546,7 @@ func checkPlatform(o options, env map[string]string) error {
 // again, ends this process.
 
 const (
-	// firstJoins are the phones of a round that lets users in: a balancer that takes turns
-	// at random hides one of two relays from all of them once in 65,536 rounds.
-	firstJoins = 16
+	firstJoins = 8 // phones in the first round
 	laterJoins = 4
 	// splitRounds is how often, and checkPace.over for how long, a relay that is to
 	// stay must be seen before this one gives way: a rolling update overlaps for
@@ -570,7 +568,7 @@ const (
 	elsewhereJoins = 2
 	elsewhereLooks = 4
 	// longestPause is what two connections are apart at the most.
-	longestPause = 150 * time.Millisecond
+	longestPause = 75 * time.Millisecond
 	// mostAddrs is to how many addresses of the name a round goes at the most, one after
 	// the other; the next round goes on where it ended.
 	mostAddrs = 16
@@ -588,10 +586,13 @@ const (
 	longestRefusal = 5 * time.Second
 	// handOver is between rounds while another relay serves in this one's place.
 	handOver = 1500 * time.Millisecond
-	// For so many server-ids pages are asked for before such a round, two for each, and
-	// for more of them once another relay was met.
-	firstIDs    = 2
+	// For so many server-ids pages are asked for before users are let in, two for each: a
+	// balancer that takes turns at random hides one of two relays from all of these once
+	// in 65,536 times.
 	handOverIDs = 8
+	// stickyShare of checkPace.over is longer than most rolling updates, in which
+	// server-ids move where a balancer sticks by them.
+	stickyShare = 6
 )
 
 // checkPace is when the public name is checked.
@@ -788,9 +789,14 @@ func (f *roundResult) add(r outcome) {
 	}
 }
 
-// stayer is the index of another relay that is to stay, -1 if none was met.
-func (f *roundResult) stayer(me identity) int {
-	return slices.IndexFunc(f.others, func(o rival) bool { return o.stays(me) })
+// stayer is another relay that is to stay, if one was met, and why.
+func (f *roundResult) stayer(me identity) (o *rival, why string) {
+	for i := range f.others {
+		if stays, why := f.others[i].prevails(me, false); stays {
+			return &f.others[i], why
+		}
+	}
+	return nil, ""
 }
 
 // look makes one round, with a number of phones.
@@ -800,7 +806,7 @@ func (c *publicCheck) look(ctx context.Context, joins int) (f roundResult) {
 	clear(d.lost)
 	waits := c.state.waits.Load()
 	defer func() {
-		if waits && len(f.others) > 0 && f.stayer(c.me) < 0 { // they wait, too: is there one for which?
+		if o, _ := f.stayer(c.me); waits && o == nil && len(f.others) > 0 { // they wait, too: is there one for which?
 			if g, yes := c.replaced(ctx, handOverIDs*(1+len(f.others))); yes {
 				f = g
 			}
@@ -809,23 +815,13 @@ func (c *publicCheck) look(ctx context.Context, joins int) (f roundResult) {
 		f.unseen = slices.DeleteFunc(slices.Clone(d.addrs), func(a netip.Addr) bool { return !d.lost[a] })
 	}()
 	if waits {
-		ids := firstIDs
-		if n := len(c.seen); n > 0 { // the more take turns, the better one of them hides
-			ids, joins = n*handOverIDs, n*firstJoins
-		}
-		if g, yes := c.replaced(ctx, ids); yes {
+		n := max(1, len(c.seen)) // the more take turns, the better one of them hides
+		if g, yes := c.replaced(ctx, n*handOverIDs); yes {
 			return g
 		}
-		defer func() {
-			if len(f.others) == 0 || slices.ContainsFunc(f.others, func(o rival) bool { return o.stays(c.me) }) {
-				return
-			}
-			// It ended at one that waits as well, and three hide each other better than two.
-			g, _ := c.replaced(ctx, 2*handOverIDs)
-			for _, o := range g.others {
-				f.add(outcome{verdict: publicSplit, other: o})
-			}
-		}()
+		if joins = n * firstJoins; c.blind {
+			joins *= 2
+		}
 	}
 	var elsewhere []outcome
 	for misses := 0; len(elsewhere)+misses < maxClaims && misses < maxMisses && ctx.Err() == nil; {
@@ -856,8 +852,8 @@ func (c *publicCheck) look(ctx context.Context, joins int) (f roundResult) {
 
 // replaced reports whether another relay serves in this one's place, which is what f is
 // then. It asks for pages, since upgrades would use up the rate of all who share this
-// relay's address there; for each twice, since a balancer that sticks by server-id leads
-// some to each relay and does no harm: there a whole round decides.
+// relay's address there; for each server-id twice, since a balancer that sticks by it
+// leads some to each relay for good: after a while there, a whole round decides.
 func (c *publicCheck) replaced(ctx context.Context, ids int) (f roundResult, yes bool) {
 	f.verdict = publicVerified
 	here, there := 0, 0
@@ -879,12 +875,12 @@ func (c *publicCheck) replaced(ctx context.Context, ids int) (f roundResult, yes
 		case 2:
 			there++
 		}
-		if met == 1 || here == 0 && there == max(2, ids/2) {
+		if met == 1 || here == 0 && there == ids/2 {
 			return f, true
 		}
 		c.rest(ctx)
 	}
-	return f, false
+	return f, there > 0 && time.Since(c.began) < c.pace.over/stickyShare
 }
 
 // tryID claims a new server-id and joins it, with so many phones if the claim is
@@ -1017,9 +1013,8 @@ func (c *publicCheck) upTo(d time.Duration) time.Duration {
 // sticks by server-id may give this relay few of them.
 func (c *publicCheck) judge(f roundResult, now time.Time) error {
 	if c.state.waits.Load() {
-		if i := f.stayer(c.me); i >= 0 {
-			if o := f.others[i]; c.seen == nil {
-				_, why := o.prevails(c.me, false)
+		if o, why := f.stayer(c.me); o != nil {
+			if c.seen == nil {
 				c.log.Info("another relay serves the public name: users are refused (503) until that one is gone",
 					"url", c.url, "other", o.id, "other_age", o.age(now), "why", why, "stops_after", c.pace.over)
 			}
@@ -1083,10 +1078,8 @@ func (c *publicCheck) report(f roundResult, now time.Time) {
 		c.log.Info(nameVerifiedText, "url", c.url, "phones", f.joins)
 	case f.verdict == publicSplit:
 		next := "the other one stops if it has -public-url, too"
-		for _, other := range f.others {
-			if stays, why := other.prevails(c.me, false); stays {
-				next = fmt.Sprintf("this relay stops if that lasts for %v: %s", c.pace.over, why)
-			}
+		if o, why := f.stayer(c.me); o != nil {
+			next = fmt.Sprintf("this relay stops if that lasts for %v: %s", c.pace.over, why)
 		}
 		if c.bypass {
 			next = bypassName + "=1: this relay goes on"

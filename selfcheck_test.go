@@ -1344,7 +1344,7 @@ func TestPublicRoundThatWaits(t *testing.T) {
 		{"first round, the other serves", through(func(me, other string) picker { return inTurn(me, other) }), func(*testRelay) {}, true, true},
 		{"first round, only the other is reached", through(func(_, other string) picker { return always(other) }),
 			func(*testRelay) {}, true, true},
-		{"first round, one phone in nine", through(func(me, other string) picker { return onceOf(2*firstIDs+8, other, me) }),
+		{"first round, one phone in nine", through(func(me, other string) picker { return onceOf(2*handOverIDs+8, other, me) }),
 			func(*testRelay) {}, true, false},
 		{"one page in ten", through(func(me, other string) picker { return onceOf(9, other, me) }), func(*testRelay) {}, true, true},
 		{"one phone in nine", through(func(me, other string) picker { return onceOf(2*handOverIDs+8, other, me) }),
