@@ -372,6 +372,7 @@ func (c *certificate) watch(hangups <-chan os.Signal, reload func(do func())) (s
 
 // look takes the pair if it has changed, and is whole.
 func (c *certificate) look() {
+	c.checkDates()
 	pair, content, err := c.read()
 	before := c.seen
 	if c.seen = content; content == before && content != c.taken {
@@ -410,11 +411,17 @@ func (c *certificate) read() (pair tls.Certificate, content string, err error) {
 // take makes the pair the one that clients see from now on.
 func (c *certificate) take(pair tls.Certificate) {
 	c.warned.Store(nil)
-	if now := time.Now(); now.Before(pair.Leaf.NotBefore) || now.After(pair.Leaf.NotAfter) {
-		c.log.Warn("the certificate is not valid at this time, so that no peer connects: renew it, or correct the clock",
-			"not_before", pair.Leaf.NotBefore, "not_after", pair.Leaf.NotAfter)
-	}
 	c.current.Store(&pair)
+	c.checkDates()
+}
+
+// checkDates warns, once, that the certificate is over, or has not begun.
+func (c *certificate) checkDates() {
+	now, leaf := time.Now(), c.current.Load().Leaf
+	if (now.Before(leaf.NotBefore) || now.After(leaf.NotAfter)) && c.warned.Load() == nil {
+		c.log.Warn("the certificate is not valid at this time, so that no peer connects: renew it, or correct the clock",
+			"not_before", leaf.NotBefore, "not_after", leaf.NotAfter)
+	}
 }
 
 // name is one that the certificate is for.

@@ -435,8 +435,12 @@ func TestListenerCertificateReload(t *testing.T) {
 	if n := samples(t, page)["tls_reload_failures_total"]; n != 1 || !shows(second) {
 		t.Errorf("%v failures, want 1, or not the certificate of before", n)
 	}
-	if _, page := fetch(t, "http://"+p.admin+"/status.json"); !strings.Contains(page, "the certificate was not replaced: -tls-cert") {
-		t.Errorf("the status page does not say that the certificate was not replaced:\n%s", page)
+	if s := getStatus(t, p.admin); !strings.HasPrefix(s.Summary, "the certificate was not replaced: -tls-cert") || !s.OK ||
+		s.Expires == nil || time.Until(*s.Expires) < 0 || time.Until(*s.Expires) > time.Hour {
+		t.Errorf("the status is %q, until %v", s.Summary, s.Expires)
+	}
+	if code, line, _ := runOnce(map[string]string{envName("admin"): p.admin, envName("tls-cert"): "cert.pem"}, "health"); code != 0 {
+		t.Errorf("health: exit code %d: %s", code, line)
 	}
 	ph.text(`"still here"`)
 	if e := b.envelope(); e.ConnID != connID || string(e.Frame) != `"still here"` {

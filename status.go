@@ -75,6 +75,7 @@ type statusReport struct {
 	healthReport
 	Summary        string             `json:"summary"` // in one sentence: all is well, or the worst of Warnings
 	Warnings       []warning          `json:"warnings"`
+	Expires        *time.Time         `json:"certificate_expires"` // nil without TLS
 	HostCheck      string             `json:"host_check"`
 	InGrace        int64              `json:"binaries_in_grace"`
 	Connections    int                `json:"connections"`
@@ -101,6 +102,9 @@ func (r *relay) status() statusReport {
 		Refusals: map[string]int64{},
 	}
 	slices.Reverse(s.Closed)
+	if m.cert != nil {
+		s.Expires = &m.cert.current.Load().Leaf.NotAfter
+	}
 	if r.instance.bypassed.Load() {
 		s.HostCheck = "bypassed"
 	}

@@ -173,7 +173,8 @@ func TestStatusSchema(t *testing.T) {
 		}
 	}
 	want := []string{"ok bool", "status string", "version string", "instance string", "instance_check string",
-		"instance_check_unseen float64", "split_seen string", "connected_binaries float64", "connected_phones float64", "uptime_seconds float64", "summary string", "warnings []interface {}", "host_check string",
+		"instance_check_unseen float64", "split_seen string", "connected_binaries float64", "connected_phones float64", "uptime_seconds float64",
+		"summary string", "warnings []interface {}", "certificate_expires <nil>", "host_check string",
 		"binaries_in_grace float64", "connections float64", "connections_limit float64", "queued_bytes float64", "queued_bytes_limit float64",
 		"traffic []interface {}", "refusals map[string]interface {}", "closed []interface {}"}
 	if !slices.Equal(names, want) {
@@ -224,6 +225,15 @@ func TestStatusWarnings(t *testing.T) {
 			}
 			l.Close()
 		}, true, "SINGLE-INSTANCE CHECK BYPASSED by PYRYCODE_RELAY_SINGLE_INSTANCE=1", "no other relay on this host, "},
+		"certificate": {func(r *testRelay) {
+			o := r.o
+			o.tlsCert, o.tlsKey = writePair(r.t, r.t.TempDir(), selfSigned(r.t, nil, "localhost", time.Hour, -time.Hour))
+			c, err := openCertificate(o, r.log, &r.instance.tlsWarning)
+			if err != nil || r.instance.tlsWarning.Swap(nil) == nil {
+				r.t.Fatalf("no warning at the start, %v", err)
+			}
+			c.look() // as if it had only just ended
+		}, true, "the certificate is not valid at this time", ", "},
 		"memory": {func(r *testRelay) { warnMemory(r.o, 1<<20, "test", keep(r.log, &r.instance.memoryWarning)) }, true,
 			"the memory limit is below what the options need", ""},
 		"files": {func(r *testRelay) { warnFiles(r.o, 1, keep(r.log, &r.instance.filesWarning)) }, true,
