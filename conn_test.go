@@ -154,7 +154,7 @@ func TestFrameHeaderOfOurs(t *testing.T) {
 // FuzzClose holds parseClose against the tables of §7.4, and what it accepts
 // against what appendCloseFrame makes of it.
 func FuzzClose(f *testing.F) {
-	for _, code := range []uint16{0, 999, 1000, 1004, 1005, 1006, 1011, 1015, 2999, 3000, 4409, 4999, 5000, 65535} {
+	for _, code := range []uint16{0, 999, 1000, 1003, 1004, 1005, 1006, 1007, 1011, 1014, 1015, 2999, 3000, 4409, 4999, 5000, 65535} {
 		f.Add(closePayload(code, ""))
 		f.Add(closePayload(code, "the reason"))
 	}
@@ -162,6 +162,7 @@ func FuzzClose(f *testing.F) {
 	f.Add([]byte{3})
 	f.Add(closePayload(1000, "\xff"))
 	f.Add(closePayload(1000, strings.Repeat("é", 62)))
+	f.Add(closePayload(1000, strings.Repeat("r", maxCloseReason)))
 	f.Fuzz(func(t *testing.T, p []byte) {
 		code, violation := parseClose(p)
 		switch {

@@ -683,7 +683,7 @@ func TestLimitsHeadLines(t *testing.T) {
 		{"two heads", head + head, 0},
 		{"two heads, the second too long", head + lines(maxHeadLines+1) + "A", 2*len(head) - 2},
 		{"150 heads of a line", strings.Repeat("A:b\r\n\r\n", 150), 0},
-		{"empty lines before one too long", "\r\n\r\n" + lines(maxHeadLines+1), len(head) + 2},
+		{"empty lines before one too long", "\n\n" + strings.Repeat("a\n", maxHeadLines+1), 2 + 2*maxHeadLines},
 		{"empty lines before", strings.Repeat("\r\n", 200) + head, 0},
 	} {
 		for _, size := range []int{1, 2, 7, len(head)} {
