@@ -613,7 +613,7 @@ func (other *otherRelay) weigh(b *session, t connTag) evidence {
 	switch {
 	case t.after == r.me:
 		return evidenceCertain
-	case r.others.doubt, min(minted, started) < oldestDate, minted-started <= clockTolerance+min(int64(t.age), 24*3600):
+	case r.others.doubt, min(minted, started, date) < oldestDate, minted-started <= clockTolerance+min(int64(t.age), 24*3600):
 		return evidenceCount
 	}
 	if other.times == 0 {
