@@ -57,6 +57,8 @@ type world struct {
 	links int // ever opened
 
 	probes map[string]string // a hash for each server-id of a check
+	minted map[string]mint   // by conn_id
+	sides  int               // how often a daemon with sessions has come to another relay than it was at, since the split
 
 	stopping sync.WaitGroup // processes that drain
 
@@ -68,6 +70,12 @@ type world struct {
 
 // turnedAway is a phone that was told 4404 while its daemon was online elsewhere.
 type turnedAway struct {
+	at time.Duration
+	by *process
+}
+
+// mint is where and when a conn_id began.
+type mint struct {
 	at time.Duration
 	by *process
 }
@@ -134,12 +142,13 @@ type process struct {
 	began   time.Duration
 	ends    chan struct{}
 	gone    bool
-	frozen  chan struct{} // closed when it goes on; nil while it runs
-	waiting []func()      // what the kernel keeps for it meanwhile
-	left    error         // why it gave way
-	open    bool          // it lets users in
-	held    time.Duration // since when it has users, -1 while it has none
-	empty   time.Duration // since when it has none
+	frozen  chan struct{}              // closed when it goes on; nil while it runs
+	waiting []func()                   // what the kernel keeps for it meanwhile
+	left    error                      // why it gave way
+	knew    map[*process]time.Duration // since when a daemon has named ids of another one
+	open    bool                       // it lets users in
+	held    time.Duration              // since when it has users, -1 while it has none
+	empty   time.Duration              // since when it has none
 }
 
 // worldOptions are those of every relay. Heartbeats are rare, which makes the dead stay
@@ -171,7 +180,8 @@ func (b *box) start() {
 		return
 	}
 	b.starts++
-	p := &process{w: w, b: b, label: fmt.Sprintf("%c%d", 'a'+b.n, b.starts), began: w.at(), ends: make(chan struct{}), held: -1, empty: w.at()}
+	p := &process{w: w, b: b, label: fmt.Sprintf("%c%d", 'a'+b.n, b.starts), began: w.at(), ends: make(chan struct{}),
+		held: -1, empty: w.at(), knew: map[*process]time.Duration{}}
 	o := worldOptions()
 	o.checkPace.skew = presentDay + b.skew
 	id := newIdentity(time.Now().Add(o.checkPace.skew))
@@ -596,7 +606,7 @@ func (f *front) serve(l *link, q *http.Request) {
 		l.end()
 		return
 	}
-	p := b.listens
+	w, p := f.w, b.listens
 	l.to, l.b = p, b
 	b.links[l] = struct{}{}
 	p.deliver(func() {
@@ -607,6 +617,9 @@ func (f *front) serve(l *link, q *http.Request) {
 		if l.c == nil {
 			l.hear(a.bytes())
 			l.end()
+		}
+		if l.c != nil && l.user != nil {
+			w.minted[l.c.handler.(*session).id] = mint{w.at(), p}
 		}
 		if l.freed { // while the relay was frozen
 			l.freed = false
@@ -991,12 +1004,14 @@ type user struct {
 	role   role
 	id     string
 	from   netip.Addr
-	daemon *user // of a phone
-	away   bool  // a phone whose app is closed
+	moves  time.Duration // of a daemon: its network changes about so often
+	daemon *user         // of a phone
+	away   bool          // a phone whose app is closed
 	link   *link
 	up     bool
 	wait   time.Duration
 	calls  int
+	last   *process // where it was up
 	known  []string // the sessions of a daemon, which it keeps for as long as it lives
 }
 
@@ -1059,6 +1074,10 @@ func (u *user) reads(l *link) {
 		}
 		in = in[i+4:]
 		u.up = true
+		if u.last != l.to && u.last != nil && len(u.known) > 0 && u.w.at() > u.w.plan.split && u.w.reported().at < 0 {
+			u.w.sides++
+		}
+		u.last = l.to
 		if u.role == rolePhone {
 			u.w.after(between(u.rand, 100*time.Millisecond, 2*time.Second), func() { u.talk(l) })
 		}
@@ -1120,6 +1139,24 @@ func (u *user) talk(l *link) {
 	}
 	for _, id := range u.known {
 		l.send(clientFrame(last, opText, []byte(`{"conn_id":"`+id+`","frame":2}`)))
+		u.w.told(l, id)
+	}
+}
+
+// told holds what the ids have to tell against what a relay has found: that another one
+// has minted an id after it had known one of this relay's for the confirmation time.
+func (w *world) told(l *link, id string) {
+	m, p := w.minted[id], l.to
+	if m.by == p || m.by == nil || p.frozen != nil || p.gone || l.lost || l.freed {
+		return
+	}
+	if _, known := p.knew[m.by]; !known {
+		p.knew[m.by] = w.at()
+	}
+	since, known := m.by.knew[p]
+	over := time.Duration(float64(p.r.o.checkPace.over) / min(p.b.rate, m.by.b.rate))
+	if known && len(w.ever) == 2 && m.at-since > over+time.Second && p.r.metrics.splitSeen[evidenceCertain].Load() == 0 {
+		w.broken("%s is told an id of %s, which had known it for %v by then, and is certain of nothing", p.label, m.by.label, m.at-since)
 	}
 }
 
@@ -1156,8 +1193,10 @@ func (u *user) lives() {
 		}
 		return
 	case u.away:
-		u.away = false
-		u.wait = 0
+		u.away, u.wait = false, 0
+		if u.rand.IntN(2) == 0 {
+			u.roams()
+		}
 		u.dial()
 		u.w.after(between(u.rand, time.Minute, 30*time.Minute), u.lives)
 	default:
@@ -1171,11 +1210,17 @@ func (u *user) lives() {
 	}
 }
 
-// vanishes has the user's network change: its session is lost without a word, and it
-// dials again at once.
-func (u *user) vanishes() {
+// roams has the user's network change, to another address of two: its session is lost
+// without a word, and it dials again at once.
+func (u *user) roams() {
+	if u.role == roleBinary {
+		u.w.after(between(u.rand, u.moves/4, u.moves), u.roams)
+	}
+	b := u.from.As4()
+	b[3] ^= 0x80
+	u.from = netip.AddrFrom4(b)
 	if l := u.link; l != nil {
-		u.w.say(u.label, "changes its network")
+		u.w.say(u.label, "changes its network, and is at %v", u.from)
 		l.lose()
 		u.link, u.up = nil, false
 		u.dial()
@@ -1220,6 +1265,18 @@ var cases = []kind{
 				w.after(at+27*time.Second, b.crash)
 			}
 		}
+	}},
+	// A clock that is unset while a relay runs knows no future, and so no id from there.
+	{"ids from a clock that was ahead, and a clock that loses its date", func(w *world) {
+		w.settle(1, 1, roundRobin)
+		w.calm(2*time.Hour, 2*time.Hour)
+		b := w.boxes[0]
+		b.skew, b.rate, b.again = 72*time.Hour, 1, time.Second
+		w.after(0, b.start)
+		w.after(59*time.Minute, func() { b.set(0) })
+		w.after(time.Hour, b.crash)
+		w.after(time.Hour+3*time.Second, func() { b.set(-56 * 365 * 24 * time.Hour) })
+		w.after(time.Hour+30*time.Minute, func() { w.name[0].reload() })
 	}},
 }
 
@@ -1287,7 +1344,7 @@ var kinds = []kind{
 		w.splits(roundRobin, 2)
 		w.addressEach()
 		w.plan.unseen = map[[2]int]bool{{0, 1}: true, {1, 0}: true}
-		w.plan.bound, w.plan.noLoss, w.plan.alone = 0, false, false
+		w.onlyIDs()
 	}},
 	{"by client, seen from one box at least", func(w *world) {
 		for w.splits(byClient, 1); w.homely(); {
@@ -1299,8 +1356,13 @@ var kinds = []kind{
 		for w.splits(byClient, 1); !w.homely(); {
 			w.salt++
 		}
-		w.plan.bound = 0
+		w.name[0].ready = false
+		w.onlyIDs()
 	}},
+	{"later, round robin", func(w *world) { w.comesLater(roundRobin, false) }},
+	{"later, random", func(w *world) { w.comesLater(randomly, false) }},
+	{"later, least connections", func(w *world) { w.comesLater(leastConnections, false) }},
+	{"later, an address each", func(w *world) { w.comesLater(roundRobin, true) }},
 	{"fail-over and return, by server-id", func(w *world) { w.returns(byID) }},
 	{"frozen, replaced by another, goes on", func(w *world) {
 		w.settle(2, 1, firstThatIsUp)
@@ -1384,6 +1446,34 @@ func (w *world) splits(p policy, addrs int) {
 	}
 }
 
+// comesLater has two relays, each of which is sure to be the only one, come behind one
+// balancer or be within each other's reach.
+func (w *world) comesLater(p policy, each bool) {
+	w.settle(2, 2, p)
+	w.addressEach()
+	w.plan.unseen = map[[2]int]bool{{0, 1}: true, {1, 0}: true}
+	w.plan.split, w.plan.bound = w.drawn(time.Minute, time.Hour), 30*time.Minute
+	w.plan.length = w.plan.split + 45*time.Minute
+	for i, b := range w.boxes {
+		w.name[i].strips, w.name[i].ready = false, false
+		w.after(upTo(w.rand, 30*time.Second), b.start)
+	}
+	w.after(w.plan.split, func() {
+		w.plan.unseen = nil
+		for _, f := range w.name {
+			if !each {
+				f.boxes = w.boxes
+			}
+		}
+	})
+}
+
+// onlyIDs is for a split that no check sees.
+func (w *world) onlyIDs() {
+	w.plan.bound, w.plan.noLoss, w.plan.alone = 0, false, false
+	w.plan.length = w.plan.split + w.drawn(2*time.Hour, 24*time.Hour)
+}
+
 // addressEach gives each box an address of the name.
 func (w *world) addressEach() {
 	for i, f := range w.name {
@@ -1413,7 +1503,7 @@ func (w *world) returns(p policy) {
 	w.after(at, w.boxes[0].crash)
 	w.after(at+back, w.boxes[0].start)
 	w.plan.split = at + back
-	w.plan.length = w.plan.split + w.drawn(time.Hour, 6*time.Hour)
+	w.plan.length = w.plan.split + w.drawn(2*time.Hour, 24*time.Hour)
 }
 
 // slowAnswer is half of how long an answer takes at the most, in the slowest worlds.
@@ -1449,6 +1539,8 @@ func (w *world) settle(boxes, addrs int, p policy) {
 			}
 			if j == 0 {
 				daemon = u
+				u.moves = w.drawn(20*time.Minute, 12*time.Hour)
+				w.after(between(u.rand, u.moves/4, u.moves), u.roams)
 			} else {
 				u.role, u.daemon, u.away, u.label = rolePhone, daemon, true, fmt.Sprintf("phone%d.%d", i, j)
 			}
@@ -1481,7 +1573,7 @@ func (w *world) troubles(every time.Duration) {
 		w.after(between(w.rand, every/10, every), next)
 		b, f := w.boxes[w.rand.IntN(len(w.boxes))], w.name[w.rand.IntN(len(w.name))]
 		d := between(w.rand, time.Second, 10*time.Minute)
-		switch w.rand.IntN(8) {
+		switch w.rand.IntN(7) {
 		case 0:
 			b.crash()
 		case 1:
@@ -1495,10 +1587,8 @@ func (w *world) troubles(every time.Duration) {
 		case 4:
 			f.change(mood(1+w.rand.IntN(3)), d)
 		case 5:
-			w.users[w.rand.IntN(len(w.users))].vanishes()
-		case 6:
 			f.strips = !f.strips
-		case 7:
+		case 6:
 			b.set(wrongClocks[w.rand.IntN(len(wrongClocks))])
 		}
 	}
@@ -1512,7 +1602,7 @@ func kindOf(seed uint64) kind { return kinds[seed%uint64(len(kinds))] }
 // play lets a world of a seed run.
 func play(t *testing.T, kind kind, seed uint64) *world {
 	t.Helper()
-	w := &world{seed: seed, rand: rand.New(rand.NewPCG(seed, 12)), probes: map[string]string{}}
+	w := &world{seed: seed, rand: rand.New(rand.NewPCG(seed, 12)), probes: map[string]string{}, minted: map[string]mint{}}
 	synctest.Test(t, func(t *testing.T) {
 		w.t, w.began = t, time.Now()
 		w.turn.Lock()
@@ -1559,6 +1649,8 @@ func (w *world) judge() {
 
 // reported is the first notice of the split, at -1 for none.
 func (w *world) reported() notice {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	for _, n := range w.noticed {
 		if n.at >= w.plan.split {
 			return n
@@ -1664,6 +1756,7 @@ type summary struct {
 	worlds, wrong, lossy, left int
 	split, never               int
 	took                       map[noticer][]time.Duration
+	sides                      []int // for what ids told
 }
 
 func (s *summary) add(w *world) {
@@ -1680,6 +1773,9 @@ func (s *summary) add(w *world) {
 	s.split++
 	if n := w.reported(); n.at >= 0 {
 		s.took[n.by] = append(s.took[n.by], n.at-w.plan.split)
+		if n.by == byIDs {
+			s.sides = append(s.sides, w.sides)
+		}
 	} else {
 		s.never++
 	}
@@ -1693,6 +1789,10 @@ func (s *summary) String() string {
 			text += fmt.Sprintf("; %v %d times, median %v, p99 %v, at the most %v", by, len(d),
 				d[len(d)/2].Round(time.Second/10), d[len(d)*99/100].Round(time.Second), d[len(d)-1].Round(time.Second))
 		}
+	}
+	if len(s.sides) > 0 {
+		slices.Sort(s.sides)
+		text += fmt.Sprintf(" (the ids after %d changes of sides, at the most %d)", s.sides[len(s.sides)/2], s.sides[len(s.sides)-1])
 	}
 	if s.never > 0 {
 		text += fmt.Sprintf("; never noticed %d times", s.never)
