@@ -60,7 +60,9 @@ func stressSeed(t *testing.T) uint64 {
 func TestStress(t *testing.T) {
 	if os.Getenv("PYRYCODE_STRESS_CHILD") == "" {
 		t.Parallel()
-		c := exec.Command(os.Args[0], "-test.run=^TestStress$", "-test.v")
+		// A run that hangs ends with its stacks, and does not outlive this process by much.
+		limit := time.Duration(stressNumber(t, "PYRYCODE_STRESS_SECONDS", 2))*time.Second + 4*time.Minute
+		c := exec.Command(os.Args[0], "-test.run=^TestStress$", "-test.v", "-test.timeout="+limit.String())
 		c.Env = append(os.Environ(), "PYRYCODE_STRESS_CHILD=1")
 		out, err := c.CombinedOutput()
 		if t.Logf("%s", out); err != nil {
