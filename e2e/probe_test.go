@@ -88,7 +88,7 @@ func TestProbe(t *testing.T) {
 			// Two runs in a row are within the burst.
 			return []string{"ws://" + startRelay(t, "-rate-per-minute", "1", "-rate-burst", "20").addr}, nil
 		}, "", nil},
-		{"good relay behind the README's nginx, with TLS", func(t *testing.T) (args, env []string) {
+		{"good relay behind the nginx of docs/deploy, with TLS", func(t *testing.T) (args, env []string) {
 			addr, env := tlsNginx(t, startRelay(t).addr, ownIP, 90*day)
 			return []string{"wss://" + addr, "-idle", "1s"}, env
 		}, "", nil},
@@ -179,7 +179,7 @@ func TestProbe(t *testing.T) {
 	}
 }
 
-// tlsNginx is nginx as README.md has it, with a certificate for an address, good
+// tlsNginx is nginx with the location of docs/deploy, with a certificate for an address, good
 // for so long, of an authority that env makes known.
 func tlsNginx(t *testing.T, relay string, ip net.IP, good time.Duration) (addr string, env []string) {
 	t.Helper()
@@ -192,9 +192,9 @@ func tlsNginx(t *testing.T, relay string, ip net.IP, good time.Duration) (addr s
 	return addr, []string{"SSL_CERT_FILE=" + a.certFile, "SSL_CERT_DIR=" + filepath.Dir(a.certFile)}
 }
 
-// TestReadmeNginx: behind the README's location block each phone has a rate of its
+// TestNginxOwnRates: behind the location of docs/deploy each phone has a rate of its
 // own, by its address, and cannot make another one up.
-func TestReadmeNginx(t *testing.T) {
+func TestNginxOwnRates(t *testing.T) {
 	t.Parallel()
 	// nginx comes from 127.0.0.1; phones from other loopback addresses, which are
 	// not trusted here.
