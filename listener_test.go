@@ -503,25 +503,55 @@ func TestListenerCertificateLook(t *testing.T) {
 	}
 }
 
-// A peer that is silent, or takes its handshake to pieces, is one of those that wait
-// for their request to be complete, with the same time for it.
-func TestListenerHandshakeTime(t *testing.T) {
+// fromLoopback is a pipe that says where it comes from.
+type fromLoopback struct{ net.Conn }
+
+func (fromLoopback) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1} }
+
+type loopbackListener struct{ net.Listener }
+
+func (ln loopbackListener) Accept() (net.Conn, error) {
+	nc, err := ln.Listener.Accept()
+	return fromLoopback{nc}, err
+}
+
+// A peer that sends its handshake, or a proxy its header, in drops has the time that a
+// request has, or less.
+func TestListenerTime(t *testing.T) {
 	t.Parallel()
-	onFakeClockWith(t, testOptions(), func(ln net.Listener) net.Listener { return securedListener{ln} }, func(t *testing.T, r *testRelay) {
-		nc, err := r.connect()
-		if err != nil {
-			t.Fatal(err)
-		}
-		start := time.Now()
-		hello := append([]byte{22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3}, make([]byte, 500)...) // of 512 bytes in all
-		for err == nil {
-			time.Sleep(100 * time.Millisecond)
-			_, err = nc.Write(hello[:1])
-			hello = hello[1:]
-		}
-		wantAfter(t, "cut off", start, greetTime)
-		if n := r.metrics.tlsFailures.Load(); n != 1 {
-			t.Errorf("%d failures, want 1", n)
-		}
-	})
+	hello := append([]byte{22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3}, make([]byte, 500)...) // of 512 bytes in all
+	for _, c := range []struct {
+		name   string
+		drops  []byte
+		proxy  bool
+		wrap   func(net.Listener) net.Listener
+		time   time.Duration
+		counts func(m *metrics) int64
+	}{
+		{"TLS", hello, false, func(ln net.Listener) net.Listener { return securedListener{ln} }, greetTime,
+			func(m *metrics) int64 { return m.tlsFailures.Load() }},
+		{"PROXY", []byte("PROXY UNKNOWN " + strings.Repeat("x", 80)), true, func(ln net.Listener) net.Listener { return loopbackListener{ln} },
+			proxyTime, func(m *metrics) int64 { return m.proxyRefused.Load() }},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			t.Parallel()
+			o := testOptions()
+			o.proxyProtocol = c.proxy
+			onFakeClockWith(t, o, c.wrap, func(t *testing.T, r *testRelay) {
+				nc, err := r.connect()
+				if err != nil {
+					t.Fatal(err)
+				}
+				start := time.Now()
+				for drops := c.drops; err == nil; drops = drops[1:] {
+					time.Sleep(100 * time.Millisecond)
+					_, err = nc.Write(drops[:1])
+				}
+				wantAfter(t, "cut off", start, c.time)
+				if n := c.counts(r.metrics); n != 1 {
+					t.Errorf("%d failures, want 1", n)
+				}
+			})
+		})
+	}
 }
