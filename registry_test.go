@@ -944,7 +944,8 @@ func TestIDsTell(t *testing.T) {
 		{"a daemon that starts anew", "A d>A d+ 24h B d>B d! d+ d- 24h d>B d+ d! 24h d>B d!", ""},
 		{"a relay that starts again and again", "A d>A d+ 1m B d>B d! d+ 1m C d>C d! d+ 1m D d>D d! d+ 100s d+ 100s d! E d>E d!", ""},
 		{"a rolling update", "A d>A d+ 24h B 1m d>B d! d+ 1h d>B d!", ""},
-		{"a rolling update with daemons to and fro", "A d>A d+ 24h B d>B d! d+ 30s d>A d! d+ 30s d>B d! d+ 25s d>A d! d+ 2s d>B d! d+ 3h d>B d!", ""},
+		{"a rolling update with daemons to and fro",
+			"A d>A d+ 24h B d>B d! d+ 30s d>A d! d+ 30s d>B d! d+ 25s d>A d! d+ 2s d>B d! d+ 3h d>B d!", ""},
 		{"and the other one was up before", "A d>A e>A 24h B 10m d>B d! d+ 85s e>B e+ e>A e! d>A d! 3h e>A e! d>A d! 3h d>A d!", ""},
 		{"a rolling update that is taken back", "A d>A d+ 24h B d>B d! d+ 85s d+ d>A d! d+ 3h d>A d!", ""},
 
@@ -1157,7 +1158,8 @@ func FuzzConnTag(f *testing.F) {
 	for _, id := range []string{
 		newConnID(connTag{}), newConnID(connTag{1, 2, 3, 4}), newConnID(connTag{math.MaxUint64, math.MaxUint32, math.MaxUint32, math.MaxUint64}),
 		"NUSfFUm0TKyZrWnWXx8SDg", "", strings.Repeat("A", 53), strings.Repeat("A", 54), strings.Repeat("A", 53) + "B",
-		strings.Repeat("A", 53) + "=", strings.Repeat("+", 54), strings.Repeat("A", 55), strings.Repeat("A", 53) + "\n", strings.Repeat("\r\n", 27),
+		strings.Repeat("A", 53) + "=", strings.Repeat("+", 54), strings.Repeat("A", 55),
+		strings.Repeat("A", 53) + "\n", strings.Repeat("\r\n", 27),
 	} {
 		f.Add([]byte(id))
 	}

@@ -3,6 +3,7 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"net"
 	"regexp"
 	"strconv"
 	"strings"
@@ -267,7 +268,8 @@ func TestStickyFailover(t *testing.T) {
 			t.Parallel()
 			one, two := freeAddr(t), freeAddr(t)
 			public := b.start(t, true, one, two)
-			env := pace("200ms", "1s", "90s")
+			// The ids know another relay for 2s before they tell of it. No relay leaves.
+			env := append(pace("200ms", "1s", "2s"), "PYRYCODE_RELAY_SINGLE_INSTANCE=1")
 			first, second := publicRelay(t, env, one, public), publicRelay(t, env, two, public)
 			first.wantCheck("verified")
 			second.wantCheck("verified")
@@ -323,6 +325,86 @@ func TestStickyFailover(t *testing.T) {
 			// It lasts until the binary dials again.
 			gone.redial()
 			eventually(t, "a phone reaches the binary again", func() bool { return !ask(t, public, moves).ended })
+			wantSplit(t, back, "none")
+			wantSplit(t, second, "none")
+
+			// Down again: the ids from there tell the other one.
+			home := time.Now()
+			eventually(t, "a phone joins 2s later", func() bool { return !ask(t, public, moves).ended && time.Since(home) > 2500*time.Millisecond })
+			back.stopping = true
+			back.signal(syscall.SIGKILL)
+			<-back.done
+			second.wantSeen(back, time.Now())
+		})
+	}
+}
+
+// wantSplit compares what the ids have told a relay.
+func wantSplit(t testing.TB, r *relayProcess, want string) {
+	t.Helper()
+	if got := getHealth(t, r.addr).Split; got != want {
+		t.Errorf("split_seen of %s is %s, want %s", r.instance, got, want)
+	}
+}
+
+// wantSeen waits until the ids have told the relay of another one for certain.
+func (r *relayProcess) wantSeen(other *relayProcess, since time.Time) {
+	r.t.Helper()
+	eventually(r.t, "the ids tell of "+other.instance, func() bool {
+		return strings.Contains(r.output(), `"evidence":"certain","other":"`+other.instance+`"`)
+	})
+	r.t.Logf("the ids told of the other relay %v later", time.Since(since).Round(time.Millisecond))
+	wantSplit(r.t, r, "certain")
+}
+
+// TestClientAddress pins what docs/architecture.md says of a balancer that goes by the client's
+// address: nothing notices it until a daemon that had changed its address has it again.
+func TestClientAddress(t *testing.T) {
+	t.Parallel()
+	for name, startAt := range map[string]func(t testing.TB, addr, one, two string){
+		"haproxy": func(t testing.TB, addr, one, two string) {
+			startHAProxyAt(t, addr, "balance source\nhash-type consistent\nserver one "+one+"\nserver two "+two)
+		},
+		"nginx": func(t testing.TB, addr, one, two string) {
+			startNginxAt(t, addr, "", "upstream relays {\nip_hash;\nserver "+one+";\nserver "+two+";\n}", nginxLocation(t, "relays"))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			one, two, public := freeAddr(t), freeAddr(t), freeAddr(t)
+			startAt(t, public, one, two)
+			env := pace("200ms", "1s", "2s")
+			first, second := startRelayEnv(t, env, "-listen", one), startRelayEnv(t, env, "-listen", two)
+			// An address that leads to each of them. nginx takes three numbers of it.
+			var here, there net.IP
+			for i := byte(1); here == nil || there == nil; i++ {
+				ip := net.IPv4(127, ownIP[13], i, ownIP[15])
+				b := gorillaFrom(ip).binary(t, public, "look")
+				if getHealth(t, one).Binaries > 0 {
+					here = ip
+				} else {
+					there = ip
+				}
+				b.close(1000, "")
+				eventually(t, "the binary has left", func() bool { return getHealth(t, one).Binaries+getHealth(t, two).Binaries == 0 })
+			}
+			near, far := gorillaFrom(here), gorillaFrom(there)
+			reaches := func(l library) func() bool { return func() bool { return !askBy(t, l, public, "home").ended } }
+
+			home := keepBinaryFrom(t, public, "home", here)
+			eventually(t, "a phone of its address reaches the daemon", reaches(near))
+			if e := askBy(t, far, public, "home"); e.code != 4404 {
+				t.Errorf("a phone elsewhere got %s, want 4404", e)
+			}
+			home.moves(there)
+			eventually(t, "a phone elsewhere reaches the daemon", reaches(far))
+			moved := time.Now()
+			eventually(t, "a phone joins 2s later", func() bool { return reaches(far)() && time.Since(moved) > 2500*time.Millisecond })
+			wantSplit(t, first, "none")
+			wantSplit(t, second, "none")
+			home.moves(here)
+			first.wantSeen(second, time.Now())
+			wantSplit(t, second, "none")
 		})
 	}
 }

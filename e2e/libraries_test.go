@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -111,8 +112,19 @@ func (w coderWire) drop() { w.c.CloseNow() }
 
 type gorillaWire struct{ c *gorilla.Conn }
 
+// gorillaFrom connects from an address of this host.
+func gorillaFrom(ip net.IP) library {
+	from := net.Dialer{LocalAddr: &net.TCPAddr{IP: ip}}
+	return library{"gorilla from " + ip.String(), func(url string, header http.Header, sink func(event)) (wire, error) {
+		return dialGorillaBy(gorilla.Dialer{HandshakeTimeout: patience, NetDialContext: from.DialContext}, url, header, sink)
+	}}
+}
+
 func dialGorilla(url string, header http.Header, sink func(event)) (wire, error) {
-	d := gorilla.Dialer{HandshakeTimeout: patience} // buffers of 4 KiB
+	return dialGorillaBy(gorilla.Dialer{HandshakeTimeout: patience}, url, header, sink) // buffers of 4 KiB
+}
+
+func dialGorillaBy(d gorilla.Dialer, url string, header http.Header, sink func(event)) (wire, error) {
 	c, _, err := d.Dial(url, header)
 	if err != nil {
 		return nil, err

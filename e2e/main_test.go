@@ -238,6 +238,7 @@ func (r *relayProcess) wantOut() {
 type health struct {
 	Instance string `json:"instance"`
 	Check    string `json:"instance_check"`
+	Split    string `json:"split_seen"`
 	Binaries int    `json:"connected_binaries"`
 	Phones   int    `json:"connected_phones"`
 	Uptime   int    `json:"uptime_seconds"`

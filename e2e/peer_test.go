@@ -3,7 +3,9 @@ package e2e
 import (
 	"encoding/json"
 	"fmt"
+	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -157,19 +159,26 @@ func pair(t testing.TB, phones, binaries library, addr, serverID string) (phone,
 	return phone, binary, connID
 }
 
-// daemon is a binary that answers each frame with itself, and dials again as soon
-// as its connection ends, as daemons do.
+// daemon is a binary that answers each frame with itself. As daemons do it dials again
+// as soon as its connection ends, and goes on sending to the phones that it had.
 type daemon struct {
 	addr, serverID string
+	from           net.IP // of its connections, nil for any
+	ids            []string
 	stop           chan struct{}
-	again          chan struct{}
+	again          chan net.IP
 }
 
 // keepBinary keeps a binary at serverID until the test ends. It has its claim
 // when keepBinary returns.
 func keepBinary(t testing.TB, addr, serverID string) *daemon {
 	t.Helper()
-	d := &daemon{addr, serverID, make(chan struct{}), make(chan struct{})}
+	return keepBinaryFrom(t, addr, serverID, nil)
+}
+
+func keepBinaryFrom(t testing.TB, addr, serverID string, from net.IP) *daemon {
+	t.Helper()
+	d := &daemon{addr: addr, serverID: serverID, from: from, stop: make(chan struct{}), again: make(chan net.IP)}
 	up, done := make(chan struct{}), make(chan struct{})
 	go func() {
 		defer close(done)
@@ -188,12 +197,19 @@ func keepBinary(t testing.TB, addr, serverID string) *daemon {
 }
 
 // redial ends the connection that the daemon has.
-func (d *daemon) redial() { d.again <- struct{}{} }
+func (d *daemon) redial() { d.again <- d.from }
+
+// moves ends it, too, and the daemon has another address from then on.
+func (d *daemon) moves(to net.IP) { d.again <- to }
 
 func (d *daemon) run(up chan struct{}) {
 	for {
 		events := make(chan event, 256)
-		w, err := coderLibrary.dial(urlOf("ws", d.addr, "/v2/server"), binaryHeaders(d.serverID), func(e event) { events <- e })
+		library := coderLibrary
+		if d.from != nil {
+			library = gorillaFrom(d.from)
+		}
+		w, err := library.dial(urlOf("ws", d.addr, "/v2/server"), binaryHeaders(d.serverID), func(e event) { events <- e })
 		if err != nil {
 			select {
 			case <-d.stop:
@@ -215,6 +231,9 @@ func (d *daemon) run(up chan struct{}) {
 // serve reports whether the daemon goes on.
 func (d *daemon) serve(w wire, events chan event) bool {
 	defer w.drop()
+	for _, id := range d.ids {
+		w.send([]byte(reply(id, `"late"`)))
+	}
 	for {
 		select {
 		case e := <-events:
@@ -227,8 +246,11 @@ func (d *daemon) serve(w wire, events chan event) bool {
 			}
 			if json.Unmarshal([]byte(e.text), &in) == nil && in.Frame != nil {
 				w.send([]byte(reply(in.ConnID, string(in.Frame)))) // its failure is an end, too
+				if !slices.Contains(d.ids, in.ConnID) {
+					d.ids = append(d.ids, in.ConnID)
+				}
 			}
-		case <-d.again:
+		case d.from = <-d.again:
 			return true
 		case <-d.stop:
 			return false
@@ -240,8 +262,13 @@ func (d *daemon) serve(w wire, events chan event) bool {
 // frame, or the end. A relay that cannot be reached counts as an end.
 func ask(t testing.TB, addr, serverID string) event {
 	t.Helper()
+	return askBy(t, gorillaLibrary, addr, serverID)
+}
+
+func askBy(t testing.TB, l library, addr, serverID string) event {
+	t.Helper()
 	events := make(chan event, 16)
-	w, err := gorillaLibrary.dial(urlOf("ws", addr, "/v2/client"), phoneHeaders(serverID), func(e event) { events <- e })
+	w, err := l.dial(urlOf("ws", addr, "/v2/client"), phoneHeaders(serverID), func(e event) { events <- e })
 	if err != nil {
 		return event{ended: true, reason: err.Error()}
 	}
