@@ -957,6 +957,8 @@ func TestIDsTell(t *testing.T) {
 		{"and learns the date later", "A d>A d+ 24h d+ B(-490896h) 1m B=0s d>B d! 1h d>B d! 1h d>B d! 1h d>B d!", ""},
 		{"an old date, which is set later", "A d>A d+ 240h d+ B(-240h) 1m B=0s d>B d! 24h d>B d! 24h d>B d! 24h d>B d!", ""},
 		{"both in 1970", "A(-490896h) d>A d+ 24h d+ B(-490896h) d>B d! 24h d>B d! 24h d>B d!", ""},
+		{"the second one's three hours behind, and a daemon late", "A d>A e>A 24h d+ 2m d+ e+ B(-3h) 4h d>B d! e>B e!", ""},
+		{"the second one's is set wrong later", "A d>A e>A 3h d+ 2m d+ e+ B B=-5h 6h d>B d! e>B e!", ""},
 		{"the first one's jumps", "A d>A d+ A=48h d+ 1h A=-48h d+ 1h A=0s d+ B d>B d! 72h d>B d! 24h d>B d! 24h d>B d!", ""},
 
 		// Two at once.
@@ -970,6 +972,8 @@ func TestIDsTell(t *testing.T) {
 		{"one changes sides", "A B d>A 25h30m d+ 2m d+ d>B d! 1m d>B d! 1m d>B d!", "B suspected"},
 		{"two change sides", "A B d>A e>A 25h30m d+ 2m e+ d>B d! e>B e!", "B suspected"},
 		{"one changes sides once", "A B d>A 25h30m d+ 2m d+ d>B d! d! d! 1m d>B d!", ""},
+		{"two change sides, after one relay has learned the date",
+			"A d>A e>A d+ B(-490896h) d>B d! B=0s 26h d>A d+ 2m d+ e+ d>B d! e>B e!", "B suspected"},
 		{"one that came later", "A 62m B d>B d+ 2m e>B e+ 1m d>A d! e>A e!", "A suspected"},
 		{"one that came soon after", "A 59m B d>B d+ 2m e>B e+ 1m d>A d! e>A e!", ""},
 		{"a backend that failed and came back", "A B d>A d+ 1m C d>B d! d+ 1h d>C d! 100s d+ d>B d!", "B certain"},
