@@ -1157,6 +1157,47 @@ func TestIDsTellOfRandomHistories(t *testing.T) {
 	t.Logf("%d suspicions in %d histories of one relay at a time whose clocks are wrong by up to decades", suspicions, histories)
 }
 
+// How soon the ids tell of two relays that were started together, where each connection of a daemon lasts for a day
+// on average and leads to either of them by chance, and a phone of its joins once an hour.
+func TestIDsTellSoon(t *testing.T) {
+	t.Parallel()
+	const runs = 40
+	for _, daemons := range []string{"a", "abcde"} {
+		var took [evidenceCount][]float64 // days
+		for seed := range uint64(runs) {
+			synctest.Test(t, func(t *testing.T) {
+				h := &randomHistory{history: newHistory(t), Rand: rand.New(rand.NewPCG(seed, 2))}
+				began, found := time.Now(), ""
+				for h.play("A B"); !strings.Contains(found, "certain") && time.Since(began) < 365*24*time.Hour; found = h.found() {
+					for _, d := range strings.Split(daemons, "") {
+						if h.daemon(d).at == nil || h.IntN(24*60) == 0 {
+							h.play(d + ">" + string("AB"[h.IntN(2)]) + " " + d + "!")
+						}
+						if h.IntN(60) == 0 {
+							h.play(d + "+ " + d + "!")
+						}
+					}
+					h.play("1m")
+					if suspected := evidenceSuspected; strings.Contains(h.found(), "suspected") && !strings.Contains(found, "suspected") {
+						took[suspected] = append(took[suspected], time.Since(began).Hours()/24)
+					}
+				}
+				took[evidenceCertain] = append(took[evidenceCertain], time.Since(began).Hours()/24)
+			})
+		}
+		for e, days := range took {
+			slices.Sort(days)
+			if len(days) > 0 {
+				t.Logf("%d daemons: %v in %d of %d, after %.1f days in the median, %.1f at the most",
+					len(daemons), evidence(e), len(days), runs, days[len(days)/2], days[len(days)-1])
+			}
+		}
+		if days := took[evidenceCertain]; days[len(days)-1] > 60 {
+			t.Errorf("%d daemons: certain after %.1f days only", len(daemons), days[len(days)-1])
+		}
+	}
+}
+
 // FuzzConnTag: what has a tag is what a relay has minted, to the bit, and an envelope brings it as it is.
 func FuzzConnTag(f *testing.F) {
 	for _, id := range []string{
