@@ -97,15 +97,18 @@ func status(t testing.TB, code int, header ...string) (addr string) {
 	}))
 }
 
-// deadAddr is an address where nothing listens.
+// deadAddr is an address where nothing listens: a client has it, so that nobody else is
+// given it while the test runs.
 func deadAddr(t testing.TB) string {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	ln := onLoopback(t)
+	defer ln.Close()
+	nc, err := net.Dial("tcp", ln.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer ln.Close()
-	return ln.Addr().String()
+	t.Cleanup(func() { nc.Close() })
+	return nc.LocalAddr().String()
 }
 
 func onLocalhost(addr string) string { return "localhost:" + addr[strings.LastIndexByte(addr, ':')+1:] }

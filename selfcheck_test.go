@@ -1766,7 +1766,7 @@ func TestPublicCheckStops(t *testing.T) {
 		})
 	}
 	t.Run("a whole program", func(t *testing.T) {
-		asked, lock := onLoopback(t), deadAddr(t)
+		asked, lock := onLoopback(t), freeLock(t)
 		defer asked.Close()
 		ctx, cancel := context.WithCancel(t.Context())
 		code := make(chan int, 1)
