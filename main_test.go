@@ -311,7 +311,8 @@ var flagCases = []struct {
 		"wss://relay.example.com", "|relay.example.com|https://relay.example.com|wss://|wss://u@relay.example.com|" +
 			"wss://relay.example.com/v2/server|wss://relay.example.com/?a=b", "wss://host"},
 	{"wake-url", "", "https://u:p@ntfy.example/topic?a=b", "http://127.0.0.1:1/", func(o options) any { return o.wakeURL.String() },
-		"https://u:p@ntfy.example/topic?a=b", "|ntfy.example/topic|wss://ntfy.example/topic|https:///topic|https://:1/topic|:", "https://host/path"},
+		"https://u:p@ntfy.example/topic?a=b",
+		"|ntfy.example/topic|wss://ntfy.example/topic|https:///topic|https://:1/topic|:", "https://host/path"},
 	{"grace", "30s", "0s", "1m", func(o options) any { return o.grace }, time.Duration(0),
 		"||30|-1s|2h|soon", "a duration from 0s to 1h0m0s, such as 30s"},
 	{"ping", "30s", "1s", "1m", func(o options) any { return o.ping }, time.Second, "||30|0s|999ms|2h", "a duration from 1s to 1h0m0s"},

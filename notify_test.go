@@ -468,7 +468,9 @@ func TestWakeFailures(t *testing.T) {
 	for _, c := range []struct{ what, base, outcome, cause string }{
 		{"endless", served(endless), "sent", ""},
 		{"no content", served(func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(204) }), "sent", ""},
-		{"wrong token", served(func(w http.ResponseWriter, q *http.Request) { http.Error(w, q.URL.String(), http.StatusUnauthorized) }), "refused", "answer 401"},
+		{"wrong token", served(func(w http.ResponseWriter, q *http.Request) {
+			http.Error(w, q.URL.String(), http.StatusUnauthorized)
+		}), "refused", "answer 401"},
 		{"moved", served(func(w http.ResponseWriter, q *http.Request) {
 			http.Redirect(w, q, elsewhere, http.StatusTemporaryRedirect)
 		}), "refused", "answer 307"},

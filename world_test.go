@@ -483,7 +483,8 @@ const (
 )
 
 func (p policy) String() string {
-	return [...]string{"round robin", "random", "one in 50", "least connections", "by client", "by server-id", "by server-id, no fail-over", "active/standby"}[p]
+	return [...]string{"round robin", "random", "one in 50", "least connections", "by client",
+		"by server-id", "by server-id, no fail-over", "active/standby"}[p]
 }
 
 type mood uint8
@@ -1162,7 +1163,8 @@ func (w *world) told(l *link, id string) {
 
 // closed is the end of a session.
 func (u *user) closed(l *link, code int, reason string) {
-	if code == int(endNeverSeen.code()) && (strings.HasPrefix(reason, endNeverSeen.String()) || strings.HasPrefix(reason, endLastHeld.String())) {
+	absent := strings.HasPrefix(reason, endNeverSeen.String()) || strings.HasPrefix(reason, endLastHeld.String())
+	if code == int(endNeverSeen.code()) && absent {
 		if d := u.daemon.link; d != nil && u.daemon.up && d.to != l.to && !d.to.gone && d.to.frozen == nil && !d.lost {
 			u.w.say(u.label, "is told by %s: %s, and its daemon is with %s", l.to.label, reason, d.to.label)
 			u.w.wrong = append(u.w.wrong, turnedAway{u.w.at(), l.to})
@@ -1516,7 +1518,8 @@ func (w *world) returns(p policy) {
 const slowAnswer = time.Second
 
 // wrongClocks are how wrong dates are: half of them by nothing.
-var wrongClocks = []time.Duration{0, 0, 0, 0, 0, 0, -72 * time.Hour, 72 * time.Hour, -50 * time.Minute, time.Minute, 5 * time.Hour, -56 * 365 * 24 * time.Hour}
+var wrongClocks = []time.Duration{0, 0, 0, 0, 0, 0, -72 * time.Hour, 72 * time.Hour, -50 * time.Minute, time.Minute, 5 * time.Hour,
+	-56 * 365 * 24 * time.Hour}
 
 // settle makes boxes, addresses and users.
 func (w *world) settle(boxes, addrs int, p policy) {
@@ -1719,7 +1722,8 @@ func TestWorlds(t *testing.T) {
 		s.add(w)
 		if w.fault != "" {
 			bad++
-			t.Errorf("world %d (%s): %s\nplay it again: PYRYCODE_WORLDS=1 PYRYCODE_WORLD_SEED=%[1]d go test -run '^TestWorlds$' -v .", seed, w.plan.kind, w.fault)
+			t.Errorf("world %d (%s): %s\nplay it again: PYRYCODE_WORLDS=1 PYRYCODE_WORLD_SEED=%[1]d go test -run '^TestWorlds$' -v .",
+				seed, w.plan.kind, w.fault)
 		}
 		if w.fault != "" && bad <= 2 || n == 1 {
 			t.Log("its trace:\n" + strings.Join(w.trace, "\n"))
@@ -1736,7 +1740,8 @@ func TestWorlds(t *testing.T) {
 			})
 		}
 	})
-	t.Logf("%d worlds, %.1f days, in %v; %d are not as they have to be", played, simulated.Hours()/24, time.Since(began).Round(time.Millisecond), bad)
+	t.Logf("%d worlds, %.1f days, in %v; %d are not as they have to be",
+		played, simulated.Hours()/24, time.Since(began).Round(time.Millisecond), bad)
 	for _, k := range kinds {
 		if s := sums[k.name]; s != nil {
 			t.Logf("%-46s %v", k.name, s)
