@@ -1074,9 +1074,8 @@ func TestClockLeavesStallsOut(t *testing.T) {
 }
 
 // A relay that stood still for longer than a deadline ends nobody: what its peers
-// sent meanwhile is there.
+// sent meanwhile is there. Beside other tests its phones answer some pings too late.
 func TestClockStallEndsNobody(t *testing.T) {
-	t.Parallel()
 	if runtime.GOOS != "linux" {
 		t.Skip("signals have other numbers")
 	}

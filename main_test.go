@@ -39,6 +39,12 @@ func TestMain(m *testing.M) {
 	if os.Getenv(runVariable) == "1" {
 		main() // exits
 	}
+	// The tests wait more than they work: as many at a time as there are processors would
+	// take three times as long.
+	flag.Parse()
+	if atOnce := flag.Lookup("test.parallel"); atOnce.Value.String() == atOnce.DefValue {
+		atOnce.Value.Set("8")
+	}
 	m.Run()
 }
 
