@@ -457,8 +457,6 @@ func TestWakeFailures(t *testing.T) {
 		return "http://" + ln.Addr().String()
 	}
 	served := func(h http.HandlerFunc) string { base, _ := wakeTarget(t, h); return base }
-	closed := onLoopback(t)
-	closed.Close()
 	silent := onLoopback(t)
 	t.Cleanup(func() { silent.Close() })
 	secure := httptest.NewUnstartedServer(http.HandlerFunc(ok))
@@ -478,7 +476,7 @@ func TestWakeFailures(t *testing.T) {
 		{"echo in a header", raw("HTTP/1.1 200 OK\r\nREQUEST: REQUEST\r\n\r\n"), "failed", "no answer in HTTP"},
 		{"long head", raw("HTTP/1.1 200 OK\r\nX: " + strings.Repeat("x", 64<<10) + "\r\n\r\n"), "failed", ""},
 		{"hangs up", raw(""), "failed", ""},
-		{"nobody", "http://" + closed.Addr().String(), "failed", "connection refused"},
+		{"nobody", "http://" + deadAddr(t), "failed", "connection refused"},
 		{"silent", "http://" + silent.Addr().String(), "failed", "no answer within 5s"},
 		{"no such name", "http://push.invalid", "failed", "push.invalid"},
 		{"self-signed", secure.URL, "failed", "certificate"},
