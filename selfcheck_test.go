@@ -688,10 +688,11 @@ func TestPublicNameIsSuggested(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			r := startRelay(t, testOptions())
+			o := testOptions()
 			if tt.public {
-				r.o.publicURL = &url.URL{Scheme: "wss", Host: "relay.example.com"}
+				o.publicURL, o.bypass = &url.URL{Scheme: "wss", Host: "relay.example.com"}, true // else users would wait for the check
 			}
+			r := startRelay(t, o)
 			for range 2 {
 				lines := append([]string{"GET " + tt.path + " HTTP/1.1", "Host: " + tt.host, tt.more}, upgrade...)
 				if resp, body := r.ask(lines...); resp.StatusCode != 101 {
