@@ -224,5 +224,5 @@ func (q *queue) moveTo(dst *queue) {
 	*q = queue{}
 }
 
-// drop gives everything back.
+// free gives everything back.
 func (q *queue) free(m *bufferPool) { q.discard(m, q.n) }

@@ -354,7 +354,7 @@ func (l *epollLoop) readOn() {
 	}
 }
 
-// release closes c's socket and forgets it.
+// free closes c's socket and forgets it.
 func (l *epollLoop) free(c *conn, s *epollSocket) {
 	l.mu.Lock()
 	l.conns[s.fd] = nil
