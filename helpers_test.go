@@ -133,9 +133,7 @@ func startRelayOn(t testing.TB, o options, ln net.Listener) *testRelay {
 func (r *testRelay) stop() {
 	r.once.Do(func() {
 		r.srv.Close()
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
-		defer cancel()
-		r.drain(ctx)
+		r.drain(time.Second)
 		if err := r.check(); err != nil {
 			r.t.Error("after the drain:", err)
 		}

@@ -348,26 +348,13 @@ func openCertificate(o options, log *slog.Logger, warned *atomic.Pointer[warning
 // watch takes the pair when its files change, and on each hangup, within reload, until
 // stop is called.
 func (c *certificate) watch(hangups <-chan os.Signal, reload func(do func())) (stop func()) {
-	quit, done := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(done)
-		every := time.NewTicker(certificateEvery)
-		defer every.Stop()
-		for {
-			select {
-			case <-quit:
-				return
-			case <-every.C:
-				c.look()
-			case <-hangups:
-				reload(func() { c.retake(c.read()) })
-			}
+	return repeat(certificateEvery, hangups, func(hangup bool) {
+		if hangup {
+			reload(func() { c.retake(c.read()) })
+		} else {
+			c.look()
 		}
-	}()
-	return func() {
-		close(quit)
-		<-done
-	}
+	})
 }
 
 // look takes the pair if it has changed, and is whole.

@@ -279,8 +279,7 @@ func newServer(h http.Handler, r *relay) *http.Server {
 // over, a load balancer that keeps a connection alive for its questions is
 // answered 503. It reports false if a second signal came meanwhile.
 func stop(r *relay, doors []*door, signals <-chan os.Signal, deadline time.Duration) bool {
-	ctx, cancel := context.WithTimeout(context.Background(), deadline)
-	defer cancel()
+	end := time.Now().Add(deadline)
 	r.draining.Store(true)
 	done := make(chan struct{})
 	go func() {
@@ -289,7 +288,7 @@ func stop(r *relay, doors []*door, signals <-chan os.Signal, deadline time.Durat
 			d.ln.Close()
 			<-d.shut
 		}
-		r.drain(ctx)
+		r.drain(time.Until(end))
 		// What was accepted last is answered, which Shutdown does not do; what waits in a
 		// socket of the service manager is for the next process.
 		for _, d := range doors {

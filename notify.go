@@ -137,31 +137,16 @@ func (m *manager) attend(r *relay) (stop func()) {
 	m.tell("READY=1", statusLine(r))
 	m.ready.Store(true)
 	r.turning()
-	quit, done := make(chan struct{}), make(chan struct{})
-	go func() {
-		defer close(done)
-		tick := time.NewTicker(every)
-		defer tick.Stop()
-		for {
-			select {
-			case <-quit:
-				return
-			case <-tick.C:
-			}
-			m.tell(statusLine(r))
-			switch {
-			case m.watchdog == 0:
-			case r.turning():
-				m.tell("WATCHDOG=1")
-			default:
-				m.log.Error("a loop of this relay hangs: the service manager's watchdog is not fed")
-			}
+	return repeat(every, nil, func(bool) {
+		m.tell(statusLine(r))
+		switch {
+		case m.watchdog == 0:
+		case r.turning():
+			m.tell("WATCHDOG=1")
+		default:
+			m.log.Error("a loop of this relay hangs: the service manager's watchdog is not fed")
 		}
-	}()
-	return func() {
-		close(quit)
-		<-done
-	}
+	})
 }
 
 // statusLine is what the status page says at its top.

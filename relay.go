@@ -17,6 +17,7 @@ import (
 	"net/http"
 	"net/netip"
 	"net/url"
+	"os"
 	"regexp"
 	"runtime"
 	"runtime/debug"
@@ -48,8 +49,8 @@ type relay struct {
 	buffers  bufferPool
 	instance *instanceState
 	probes   *probeKeys
-	history  *recent[sample]
-	ended    *recent[closedConnection]
+	history  recent[traffic]
+	ended    recent[closedConnection]
 	loops    []poller
 	fallback *goPoller
 	waker    *waker // nil without -wake-url
@@ -66,14 +67,13 @@ type relay struct {
 	hints    chan struct{} // that binaries may be at another relay; the check takes them
 	draining atomic.Bool   // nothing new is let in
 	peak     atomic.Int64  // what peers held at most since memory was given back; written by the sweep
-	quit     chan struct{} // ends the sweep
-	swept    chan struct{} // the sweep has ended
 	sweptAt  atomic.Int64  // nanoseconds from started to the end of the latest sweep
+
+	stopSweep func() // waits for its end
 
 	mu       sync.Mutex            // guards what follows
 	live     [roleCount]int        // upgrades under way and connections that are not closed
 	sessions map[*session]struct{} // of these, the ones that are being read
-	empty    chan struct{}         // a role has no connection left; only while draining
 }
 
 // newRelay starts a relay, which serves until drain.
@@ -92,7 +92,7 @@ func newRelay(o options, id identity, build buildVersion, instance *instanceStat
 		r.loops = append(r.loops, l)
 	}
 	r.waker = newWaker(o.wakeURL, r.metrics, log)
-	go r.sweep()
+	r.stopSweep = r.startSweep()
 	return r, nil
 }
 
@@ -101,15 +101,12 @@ func makeRelay(o options, id identity, build buildVersion, instance *instanceSta
 	r := &relay{
 		o: o, id: id, build: build, log: log, instance: instance, probes: probes,
 		rates:    newRates(o, time.Now),
-		history:  newRecent[sample](samplesKept + 1),
-		ended:    newRecent[closedConnection](closedKept),
+		history:  recent[traffic]{most: samplesKept},
+		ended:    recent[closedConnection]{most: closedKept},
 		seed:     maphash.MakeSeed(),
 		started:  time.Now(),
 		clock:    clock{start: time.Now()},
-		quit:     make(chan struct{}),
-		swept:    make(chan struct{}),
 		sessions: map[*session]struct{}{},
-		empty:    make(chan struct{}, 1),
 		hints:    make(chan struct{}, hintBurst),
 	}
 	r.instance.waits.Store(o.publicURL != nil && !o.bypass)
@@ -322,12 +319,7 @@ func (r *relay) enter(role role) *refusal {
 func (r *relay) leave(role role) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	if r.live[role]--; r.draining.Load() && r.live[role] == 0 {
-		select {
-		case r.empty <- struct{}{}:
-		default:
-		}
-	}
+	r.live[role]--
 }
 
 func (r *relay) count(role role) int {
@@ -768,6 +760,9 @@ const (
 	// stallFrom is the time between two readings that counts as a stall. Four sweeps
 	// are more than a busy machine misses.
 	stallFrom = 4 * mostLate
+	// drainPause is how late a drain may notice that the last connection of a role has
+	// ended.
+	drainPause = 10 * time.Millisecond
 	// trimFrom is the smallest wave of peers whose memory is worth a collection: 256
 	// sessions.
 	trimFrom = 1 << 20
@@ -799,22 +794,17 @@ func (r *relay) now() int64 {
 	return now
 }
 
-// sweep looks, until the end of the drain, at what only time brings about:
-// timeouts, the ends of graces, and memory that a wave has left behind.
-func (r *relay) sweep() {
-	defer close(r.swept)
+// startSweep has the relay look, until stop, at what only time brings about: timeouts,
+// the ends of graces, and memory that a wave has left behind.
+func (r *relay) startSweep() (stop func()) {
 	o := &r.o
-	tick := time.NewTicker(min(mostLate, o.ping/2, o.messageTimeout/2, o.writeTimeout/2, o.closeTimeout/2, o.challengeTimeout/2))
-	defer tick.Stop()
+	every := min(mostLate, o.ping/2, o.messageTimeout/2, o.writeTimeout/2, o.closeTimeout/2, o.challengeTimeout/2)
 	w := r.newBatch()
 	var all []*session
-	told, sampled := int64(0), int64(0)
-	for {
-		select {
-		case <-r.quit:
-			return
-		case <-tick.C:
-		}
+	var told int64     // of the stall that the log has told of
+	var before traffic // at the last sample
+	sampled := w.now
+	return repeat(every, nil, func(bool) {
 		var stalled int64
 		if w.now, stalled = r.clock.read(); stalled > told {
 			r.log.Warn("the relay stood still: every deadline is moved by that", "duration", time.Duration(stalled-told))
@@ -828,12 +818,38 @@ func (r *relay) sweep() {
 		clear(all)
 		r.registry.expire(w, w.now)
 		w.flush()
-		if w.now >= sampled {
-			r.history.add(r.metrics.sample(w.now))
-			sampled = max(sampled, w.now-int64(sampleEvery)) + int64(sampleEvery)
+		if passed := time.Duration(w.now - sampled); passed > sampleEvery-every/2 {
+			now := r.metrics.traffic()
+			r.history.add(now.perSecond(before, passed))
+			before, sampled = now, w.now
 		}
 		r.trim()
 		r.sweptAt.Store(int64(time.Since(r.started)))
+	})
+}
+
+// repeat calls do every so often, and at each signal of asked, in a goroutine of its own,
+// until stop, which waits for the last call to return.
+func repeat(every time.Duration, asked <-chan os.Signal, do func(asked bool)) (stop func()) {
+	quit, done := make(chan struct{}), make(chan struct{})
+	go func() {
+		defer close(done)
+		tick := time.NewTicker(every)
+		defer tick.Stop()
+		for {
+			select {
+			case <-quit:
+				return
+			case <-tick.C:
+				do(false)
+			case <-asked:
+				do(true)
+			}
+		}
+	}()
+	return func() {
+		close(quit)
+		<-done
 	}
 }
 
@@ -877,17 +893,10 @@ func (r *relay) held() int64 {
 // ---- drain ----
 
 // drain says goodbye to every phone, then to every binary, and ends the relay.
-// Connections that are left when ctx ends are cut off. Afterwards no goroutine of
+// Connections that are left after patience are cut off. Afterwards no goroutine of
 // the relay is left. It is called once.
-func (r *relay) drain(ctx context.Context) {
+func (r *relay) drain(patience time.Duration) {
 	r.draining.Store(true)
-	half, always := ctx, context.Background()
-	if end, ok := ctx.Deadline(); ok {
-		// A phone that does not answer must not cost the binaries their word.
-		var cancel context.CancelFunc
-		half, cancel = context.WithTimeout(ctx, time.Until(end)/2)
-		defer cancel()
-	}
 	goodbye := func(roles ...role) func() {
 		return func() {
 			w := r.newBatch()
@@ -899,13 +908,16 @@ func (r *relay) drain(ctx context.Context) {
 			w.flush()
 		}
 	}
-	r.await(half, rolePhone, goodbye(rolePhone))
-	r.await(ctx, roleBinary, goodbye(rolePhone, roleBinary))
-	r.await(ctx, rolePhone, func() {}) // their answers may be on their way
-	r.await(always, rolePhone, r.abortAll)
-	r.await(always, roleBinary, r.abortAll)
-	close(r.quit)
-	<-r.swept
+	end := time.Now().Add(patience)
+	// A phone that does not answer must not cost the binaries their word.
+	r.await(rolePhone, end.Add(-patience/2), goodbye(rolePhone))
+	r.await(roleBinary, end, goodbye(rolePhone, roleBinary))
+	r.await(rolePhone, end, func() {}) // their answers may be on their way
+	for r.count(rolePhone)+r.count(roleBinary) > 0 {
+		r.abortAll()
+		time.Sleep(drainPause)
+	}
+	r.stopSweep()
 	r.registry.expire(r.newBatch(), math.MaxInt64)
 	for _, p := range r.loops {
 		p.stop()
@@ -914,18 +926,12 @@ func (r *relay) drain(ctx context.Context) {
 	r.waker.stop()
 }
 
-// await calls nudge a few times a second, for connections that were between
-// request and session as well, until none of a role is left or ctx ends.
-func (r *relay) await(ctx context.Context, role role, nudge func()) {
-	again := time.NewTicker(50 * time.Millisecond)
-	defer again.Stop()
-	for r.count(role) > 0 && ctx.Err() == nil {
+// await calls nudge many times a second, for connections that were between request
+// and session as well, until none of a role is left or the end has come.
+func (r *relay) await(role role, end time.Time, nudge func()) {
+	for r.count(role) > 0 && time.Now().Before(end) {
 		nudge()
-		select {
-		case <-r.empty:
-		case <-again.C:
-		case <-ctx.Done():
-		}
+		time.Sleep(drainPause)
 	}
 }
 

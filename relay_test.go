@@ -3,7 +3,6 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"context"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -942,9 +941,7 @@ func (r *testRelay) drained(d time.Duration) {
 	r.once.Do(func() {
 		r.draining.Store(true)
 		r.srv.Close()
-		ctx, cancel := context.WithTimeout(context.Background(), d)
-		defer cancel()
-		r.drain(ctx)
+		r.drain(d)
 	})
 }
 

@@ -98,7 +98,7 @@ func (r *relay) status() statusReport {
 	s := statusReport{
 		healthReport: r.health(), HostCheck: "held", Warnings: r.warnings(), InGrace: m.binariesInGrace.Load(),
 		Connections: r.count(roleBinary) + r.count(rolePhone), MaxConnections: r.o.maxConnections,
-		Queued: m.budget.used(), MaxQueued: m.budget.limit, Traffic: perSecond(r.history.all()), Closed: r.ended.all(),
+		Queued: m.budget.used(), MaxQueued: m.budget.limit, Traffic: r.history.all(), Closed: r.ended.all(),
 		Refusals: map[string]int64{},
 	}
 	slices.Reverse(s.Closed)
@@ -208,27 +208,26 @@ func (h keeper) Handle(ctx context.Context, line slog.Record) error {
 
 // recent keeps the latest of what is added.
 type recent[T any] struct {
-	mu   sync.Mutex // guards what follows
-	kept []T        // its length never changes
-	n    int        // added so far
-}
+	most int // that are kept
 
-func newRecent[T any](size int) *recent[T] { return &recent[T]{kept: make([]T, size)} }
+	mu   sync.Mutex // guards what follows
+	kept []T        // the oldest first
+}
 
 func (r *recent[T]) add(v T) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.kept[r.n%len(r.kept)] = v
-	r.n++
+	if len(r.kept) == r.most {
+		r.kept = slices.Delete(r.kept, 0, 1)
+	}
+	r.kept = append(r.kept, v)
 }
 
-// all is what is kept, the oldest first.
+// all is what is kept, the oldest first, and never nil, which JSON has another word for.
 func (r *recent[T]) all() []T {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	oldest := r.n % len(r.kept)
-	all := append(append([]T{}, r.kept[oldest:]...), r.kept[:oldest]...)
-	return all[max(0, len(all)-r.n):]
+	return append([]T{}, r.kept...)
 }
 
 const (
@@ -239,31 +238,23 @@ const (
 	closedKept = 200
 )
 
-// sample is what the counters were at a moment.
-type sample struct {
-	at int64 // relay clock
-	traffic
-}
-
 // traffic is a number for frames up and down, and bytes up and down. Up is from phone to binary.
 type traffic [4]float64
 
-func (m *metrics) sample(now int64) sample {
-	f := func(counter *atomic.Int64) float64 { return float64(counter.Load()) }
-	return sample{now, traffic{f(&m.framesUp), f(&m.framesDown), f(&m.bytesUp), f(&m.bytesDown)}}
-}
-
-// perSecond is the traffic between samples.
-func perSecond(samples []sample) []traffic {
-	all := []traffic{}
-	for i := 1; i < len(samples); i++ {
-		rate := samples[i].traffic
-		for k, before := range samples[i-1].traffic {
-			rate[k] = math.Round((rate[k]-before)/time.Duration(samples[i].at-samples[i-1].at).Seconds()*10) / 10
-		}
-		all = append(all, rate)
+// traffic is what has been forwarded so far.
+func (m *metrics) traffic() (all traffic) {
+	for i, counter := range [...]*atomic.Int64{&m.framesUp, &m.framesDown, &m.bytesUp, &m.bytesDown} {
+		all[i] = float64(counter.Load())
 	}
 	return all
+}
+
+// perSecond is the traffic since before.
+func (t traffic) perSecond(before traffic, passed time.Duration) traffic {
+	for i := range t {
+		t[i] = math.Round((t[i]-before[i])/passed.Seconds()*10) / 10
+	}
+	return t
 }
 
 // closedConnection is the log's line about an end.

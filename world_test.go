@@ -195,9 +195,8 @@ func (b *box) start() {
 		l.stop()
 	}
 	p.r.loops = []poller{worldPoller{}}
-	close(p.r.quit) // the world sweeps
-	<-p.r.swept
-	p.r.quit = make(chan struct{})
+	p.r.stopSweep() // the world sweeps
+	p.r.stopSweep = func() {}
 	c := newPublicCheck(p.r.o, p.r)
 	c.dialer.net = p
 	c.random = rand.New(rand.NewPCG(w.seed, uint64(len(w.ever))+1))
@@ -333,9 +332,7 @@ func (p *process) stop(then func()) {
 	p.b.listens = nil
 	p.w.stopping.Go(func() {
 		p.check.stop()
-		ctx, cancel := context.WithTimeout(context.Background(), p.r.o.drain)
-		defer cancel()
-		p.r.drain(ctx)
+		p.r.drain(p.r.o.drain)
 		p.w.turn.Lock()
 		defer p.w.turn.Unlock()
 		p.exit()
