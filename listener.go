@@ -48,39 +48,26 @@ const (
 )
 
 // listen opens a flag's address, and waits for it at boot, when a tunnel's or a bridge's
-// may not be there yet. The listener is nil if stop came first.
-func listen(flag, addr string, patience time.Duration, stop func(time.Duration) bool, log *slog.Logger) (net.Listener, error) {
-	var lc net.ListenConfig
-	lc.SetMultipathTCP(false) // it would put a socket of its own before each connection's
-	ln, err := awaitAddress(flag, addr, patience, stop, log, func() (net.Listener, error) {
-		return lc.Listen(context.Background(), "tcp", addr)
-	})
-	switch {
-	case errors.Is(err, syscall.EADDRINUSE):
-		return nil, fmt.Errorf("%s %s is in use by another program: stop that, or choose another address", flag, addr)
-	case err != nil:
-		return nil, fmt.Errorf("opening %s %s: %w", flag, addr, err)
-	case ln == nil:
-		return nil, nil
-	}
-	return newAcceptor(ln)
-}
-
-// awaitAddress opens a listener as soon as its address exists. stop waits for a while,
-// and reports whether the relay is to end.
-func awaitAddress(flag, addr string, patience time.Duration, stop func(time.Duration) bool, log *slog.Logger,
-	open func() (net.Listener, error)) (net.Listener, error) {
+// may not be there yet: until patience is over, or until stop, which waits for a while,
+// reports that the relay is to end. Then there is no listener, and no error.
+func listen(flag, addr string, open func(addr string) (net.Listener, error), patience time.Duration,
+	stop func(time.Duration) bool, log *slog.Logger) (net.Listener, error) {
 	log = log.With("flag", flag, "addr", addr)
 	for waited := time.Duration(0); ; waited += addressEvery {
-		ln, err := open()
+		ln, err := open(addr)
 		switch {
-		case !errors.Is(err, syscall.EADDRNOTAVAIL):
-			if err == nil && waited > 0 {
+		case err == nil:
+			if waited > 0 {
 				log.Warn("the address exists now", "after", waited)
 			}
-			return ln, err
+			return newAcceptor(ln)
+		case errors.Is(err, syscall.EADDRINUSE):
+			return nil, fmt.Errorf("%s %s is in use by another program: stop that, or choose another address", flag, addr)
+		case !errors.Is(err, syscall.EADDRNOTAVAIL):
+			return nil, fmt.Errorf("opening %s %s: %w", flag, addr, err)
 		case waited >= patience:
-			return nil, fmt.Errorf("no such address on this host for %v: correct it, or start what brings it up first: %w", patience, err)
+			return nil, fmt.Errorf("opening %s %s: no such address on this host for %v: correct it, or start what brings it up first: %w",
+				flag, addr, patience, err)
 		case waited == 0:
 			log.Warn("no such address on this host yet: trying again", "for", patience)
 		}
@@ -88,6 +75,13 @@ func awaitAddress(flag, addr string, patience time.Duration, stop func(time.Dura
 			return nil, nil
 		}
 	}
+}
+
+// openTCP opens a listener.
+func openTCP(addr string) (net.Listener, error) {
+	var lc net.ListenConfig
+	lc.SetMultipathTCP(false) // it would put a socket of its own before each connection's
+	return lc.Listen(context.Background(), "tcp", addr)
 }
 
 // newAcceptor is what stands between a listener and net/http; accept_linux.go has one.

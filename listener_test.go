@@ -55,7 +55,7 @@ func TestListenerAwaitsItsAddress(t *testing.T) {
 				var log logBuffer
 				o, start := defaultOptions(), time.Now()
 				stop := func(d time.Duration) bool { time.Sleep(d); return time.Since(start) >= c.stop }
-				ln, err := awaitAddress("-listen", "192.0.2.1:1", o.addressTimeout, stop, newLogger(&log, o), func() (net.Listener, error) {
+				open := func(string) (net.Listener, error) {
 					if time.Since(start) < c.there {
 						return nil, gone
 					}
@@ -63,7 +63,8 @@ func TestListenerAwaitsItsAddress(t *testing.T) {
 						return nil, c.then
 					}
 					return &pipeListener{}, nil
-				})
+				}
+				ln, err := listen("-listen", "192.0.2.1:1", open, o.addressTimeout, stop, newLogger(&log, o))
 				if took := time.Since(start); took != c.took || (ln != nil) != c.listens || (err != nil) != (c.words != "") ||
 					err != nil && !strings.Contains(err.Error(), c.words) {
 					t.Errorf("listener %v, error %v after %v", ln, err, took)

@@ -120,7 +120,7 @@ func serve(ctx context.Context, o options, env map[string]string, w *logWriter) 
 		if ln := manager.sockets[flag]; ln != nil {
 			return ln, nil
 		}
-		return listen("-"+flag, addr, o.addressTimeout, func(after time.Duration) (ended bool) {
+		return listen("-"+flag, addr, openTCP, o.addressTimeout, func(after time.Duration) (ended bool) {
 			select {
 			case s := <-signals:
 				log.Info("stopped before it could start", "signal", s.String())

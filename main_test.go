@@ -442,7 +442,7 @@ func TestOptionsRefused(t *testing.T) {
 	for name, nearest := range map[string]string{
 		"LISTN": "LISTEN", "LISTENS": "LISTEN", "listen": "LISTEN", "PUBLC_URL": "PUBLIC_URL", "PUBLIC_ULR": "PUBLIC_URL",
 		"PUBLICURL": "PUBLIC_URL", "TRUSTED_PROXY": "TRUSTED_PROXIES", "SINGLE_INSTANC": "SINGLE_INSTANCE",
-		"MAX_CONNECTION": "MAX_CONNECTIONS", "": "PING", "RATE": "GRACE", "TEST_PUBLIC_CHEC": "PUBLIC_URL",
+		"MAX_CONNECTION": "MAX_CONNECTIONS", "": "PING", "RATE": "RATE_BURST", "TEST_PUBLIC_CHEC": "PING",
 	} {
 		wantNoStart(t, []string{envPrefix + name + "=1", "PYRYCODE_RELAY_GRACE=1s"}, nil,
 			"unknown variable "+envPrefix+name+": do you mean "+envPrefix+nearest+"?")

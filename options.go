@@ -270,31 +270,24 @@ func checkVariables(env map[string]string) error {
 				upper = envName(flag)
 			}
 		}
-		nearest := slices.MinFunc(known, func(a, b string) int { return editDistance(upper, a) - editDistance(upper, b) })
+		nearest := slices.MaxFunc(known, func(a, b string) int { return likeness(upper, a) - likeness(upper, b) })
 		return fmt.Errorf("unknown variable %s: do you mean %s? (-h lists them; unset what is not for this relay)", name, nearest)
 	}
 	return nil
 }
 
-// editDistance is how many bytes to insert, delete or replace lie between a and b.
-func editDistance(a, b string) int {
-	row := make([]int, len(b)+1) // for the bytes of a so far
-	for j := range row {
-		row[j] = j
+// likeness counts what a and b have in common at their beginnings and ends against what
+// b has beside that.
+func likeness(a, b string) int {
+	n := min(len(a), len(b))
+	head, tail := 0, 0
+	for head < n && a[head] == b[head] {
+		head++
 	}
-	for i := range len(a) {
-		diagonal := row[0]
-		row[0] = i + 1
-		for j := range len(b) {
-			replaced := diagonal
-			if a[i] != b[j] {
-				replaced++
-			}
-			diagonal = row[j+1]
-			row[j+1] = min(replaced, row[j]+1, row[j+1]+1)
-		}
+	for head+tail < n && a[len(a)-1-tail] == b[len(b)-1-tail] {
+		tail++
 	}
-	return row[len(b)]
+	return 2*(head+tail) - len(b)
 }
 
 // writeUsage prints the manual.
