@@ -123,8 +123,9 @@ func startRelayOn(t testing.TB, o options, ln net.Listener) *testRelay {
 	if ln, err = newAcceptor(ln); err != nil {
 		t.Fatal(err)
 	}
-	r.srv = newServer(r.relay, r.relay)
-	go r.srv.Serve(guests{r.entrance(ln, cert)})
+	g := &guests{Listener: r.entrance(ln, cert)}
+	r.srv = newServer(r.relay, r.relay, g)
+	go r.srv.Serve(g)
 	t.Cleanup(r.stop)
 	return r
 }

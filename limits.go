@@ -190,10 +190,17 @@ func parseHop(s string) (netip.Addr, bool) {
 	return a.Unmap().WithZone(""), err == nil
 }
 
-// guests is the listener of net/http: it bounds what a request may be.
-type guests struct{ net.Listener }
+// guests is the listener of net/http. It bounds what a request may be, and keeps
+// net/http at maxWaiting connections that are no session.
+type guests struct {
+	net.Listener
+	here sync.WaitGroup // connections that net/http has
 
-func (l guests) Accept() (net.Conn, error) {
+	mu   sync.Mutex // guards what follows
+	line list.List  // of *guest, the longest waiting in front
+}
+
+func (l *guests) Accept() (net.Conn, error) {
 	nc, err := l.Listener.Accept()
 	if err != nil {
 		return nil, err
@@ -201,11 +208,32 @@ func (l guests) Accept() (net.Conn, error) {
 	return &guest{Conn: nc}, nil
 }
 
+// follow is an http.Server's ConnState hook. A newcomer displaces the one that has
+// waited for the longest for its request to be complete, however often that has sent
+// a byte of it: strangers that dawdle must not lock others out.
+func (l *guests) follow(c net.Conn, s http.ConnState) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	switch g := c.(*guest); s {
+	case http.StateNew:
+		if l.line.Len() >= maxWaiting {
+			l.line.Remove(l.line.Front()).(*guest).Close()
+		}
+		g.place = l.line.PushBack(g)
+		l.here.Add(1)
+	case http.StateIdle: // its request was answered
+		l.line.MoveToBack(g.place) // if it is still there
+	case http.StateHijacked, http.StateClosed:
+		l.line.Remove(g.place)
+		l.here.Done()
+	}
+}
+
 // guest is a connection that net/http serves. It counts the lines of a head,
 // since net/http bounds its bytes only, and a line of four costs a hundred.
 type guest struct {
 	net.Conn
-	place *list.Element // in limitIdle's line, which guards it
+	place *list.Element // in the line of guests, whose mu guards it
 
 	// Owned by the goroutine that reads.
 	lines int  // of the head that is being read
@@ -261,30 +289,6 @@ func (g *guest) refuse() {
 
 // CloseWrite is for net/http, which waits behind it as refuse does.
 func (g *guest) CloseWrite() error { return closeWrite(g.Conn) }
-
-// limitIdle is an http.Server's ConnState hook: it keeps net/http at maxWaiting
-// connections that are no session. A newcomer displaces the one that has
-// waited for the longest for its request to be complete, however often that has sent
-// a byte of it: strangers that dawdle must not lock others out.
-func limitIdle() func(net.Conn, http.ConnState) {
-	var mu sync.Mutex
-	var line list.List // of *guest, the longest waiting in front
-	return func(c net.Conn, s http.ConnState) {
-		mu.Lock()
-		defer mu.Unlock()
-		switch g := c.(*guest); s {
-		case http.StateNew:
-			if line.Len() >= maxWaiting {
-				line.Remove(line.Front()).(*guest).Close()
-			}
-			g.place = line.PushBack(g)
-		case http.StateIdle: // its request was answered
-			line.MoveToBack(g.place) // if it is still there
-		case http.StateHijacked, http.StateClosed:
-			line.Remove(g.place)
-		}
-	}
-}
 
 // logGate lets linesPerSecond through: what a stranger can cause at will must not
 // fill a disk. The zero value works.

@@ -746,7 +746,7 @@ func (c *endConn) Close() error { c.closed = true; return nil }
 
 func TestLimitsIdle(t *testing.T) {
 	t.Parallel()
-	hook := limitIdle()
+	hook := new(guests).follow
 	var all []*guest
 	arrive := func() *guest {
 		g := &guest{Conn: new(endConn)}

@@ -234,35 +234,26 @@ func holdInstance(o options, log *slog.Logger, state *instanceState, info lockIn
 
 // door is a listener and what serves it.
 type door struct {
-	ln     net.Listener
+	guests
 	server *http.Server
-	shut   chan struct{}  // nothing is accepted any more
-	guests sync.WaitGroup // connections that net/http has
+	shut   chan struct{} // nothing is accepted any more
 }
 
 // openDoor serves h on ln for r, and reports an end other than by closing either.
 func openDoor(ln net.Listener, h http.Handler, r *relay, failed chan<- error) *door {
-	d := &door{ln: ln, server: newServer(h, r), shut: make(chan struct{})}
-	limit := d.server.ConnState
-	d.server.ConnState = func(nc net.Conn, s http.ConnState) {
-		switch limit(nc, s); s {
-		case http.StateNew:
-			d.guests.Add(1)
-		case http.StateHijacked, http.StateClosed:
-			d.guests.Done()
-		}
-	}
+	d := &door{guests: guests{Listener: ln}, shut: make(chan struct{})}
+	d.server = newServer(h, r, &d.guests)
 	go func() {
 		defer close(d.shut)
-		if err := d.server.Serve(guests{ln}); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+		if err := d.server.Serve(&d.guests); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
 			failed <- fmt.Errorf("serving %s: %w", ln.Addr(), err)
 		}
 	}()
 	return d
 }
 
-// newServer bounds what strangers can make net/http hold; guests are its listener.
-func newServer(h http.Handler, r *relay) *http.Server {
+// newServer bounds what strangers can make net/http hold. It is for serving g.
+func newServer(h http.Handler, r *relay, g *guests) *http.Server {
 	return &http.Server{
 		Handler:           h,
 		ReadHeaderTimeout: greetTime,
@@ -270,7 +261,7 @@ func newServer(h http.Handler, r *relay) *http.Server {
 		WriteTimeout:      30 * time.Second,
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    maxHeadBytes - 4<<10,
-		ConnState:         limitIdle(),
+		ConnState:         g.follow,
 		ErrorLog:          slog.NewLogLogger(r.log.Handler(), slog.LevelDebug),
 	}
 }
@@ -285,7 +276,7 @@ func stop(r *relay, doors []*door, signals <-chan os.Signal, deadline time.Durat
 	go func() {
 		defer close(done)
 		for _, d := range doors {
-			d.ln.Close()
+			d.Close()
 			<-d.shut
 		}
 		r.drain(time.Until(end))
@@ -294,17 +285,11 @@ func stop(r *relay, doors []*door, signals <-chan os.Signal, deadline time.Durat
 		for _, d := range doors {
 			d.server.SetKeepAlivesEnabled(false)
 		}
-		answered := make(chan struct{})
-		go func() {
-			defer close(answered)
+		finish(lingerTime, func() {
 			for _, d := range doors {
-				d.guests.Wait()
+				d.here.Wait()
 			}
-		}()
-		select {
-		case <-answered:
-		case <-time.After(lingerTime):
-		}
+		})
 		for _, d := range doors {
 			d.server.Close()
 		}
@@ -314,6 +299,19 @@ func stop(r *relay, doors []*door, signals <-chan os.Signal, deadline time.Durat
 		return true
 	case <-signals:
 		return false
+	}
+}
+
+// finish waits for do to return, but not for longer than patience.
+func finish(patience time.Duration, do func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		do()
+	}()
+	select {
+	case <-done:
+	case <-time.After(patience):
 	}
 }
 
@@ -447,17 +445,7 @@ func (w *logWriter) flush() {
 }
 
 // Close writes what has gathered, unless nothing takes it within lastWords.
-func (w *logWriter) Close() {
-	done := make(chan struct{})
-	go func() {
-		defer close(done)
-		w.flush()
-	}()
-	select {
-	case <-done:
-	case <-time.After(lastWords):
-	}
-}
+func (w *logWriter) Close() { finish(lastWords, w.flush) }
 
 // ---- what the system allows ----
 
