@@ -755,6 +755,13 @@ func TestLimitsIdle(t *testing.T) {
 		return g
 	}
 	closed := func(g *guest) bool { return g.Conn.(*endConn).closed }
+	gone := map[*guest]bool{}
+	end := func(g *guest, s http.ConnState) { // which net/http says once
+		if !gone[g] {
+			gone[g] = true
+			hook(g, s)
+		}
+	}
 	// net/http says so when it finds out.
 	sweep := func() (n int) {
 		for _, g := range all {
@@ -762,7 +769,7 @@ func TestLimitsIdle(t *testing.T) {
 				n++
 				hook(g, http.StateActive) // it may have been about to
 				hook(g, http.StateIdle)
-				hook(g, http.StateClosed)
+				end(g, http.StateClosed)
 			}
 		}
 		return n
@@ -776,8 +783,8 @@ func TestLimitsIdle(t *testing.T) {
 	for _, c := range all {
 		hook(c, http.StateActive) // a byte of a request is no request
 	}
-	hook(all[0], http.StateHijacked) // a session now
-	hook(all[1], http.StateClosed)
+	end(all[0], http.StateHijacked) // a session now
+	end(all[1], http.StateClosed)
 	for i, want := range []int{0, 0, 1, 2} {
 		arrive()
 		if got := sweep(); got != want {
@@ -804,7 +811,7 @@ func TestLimitsIdle(t *testing.T) {
 		}
 	}
 	for _, c := range all {
-		hook(c, http.StateClosed)
+		end(c, http.StateClosed)
 	}
 	all = nil
 	for range maxWaiting {

@@ -677,24 +677,25 @@ var system network = struct {
 // dial opens a session of one leg, which lasts until close or the end of ctx. A
 // nonce, if any, is one of the relay's own. The trace is there in any case.
 func (d *dialer) dial(ctx context.Context, role role, serverID, nonce string) (*wsPeer, *dialTrace, error) {
-	t := new(dialTrace)
-	c := new(wsPeer)
-	steps := [...]func(context.Context) error{
-		stepDNS: func(ctx context.Context) (err error) { d.addrs, err = d.resolve(ctx); t.addrs = d.addrs; return err },
-		stepTCP: func(context.Context) (err error) { c.nc, err = d.connect(ctx); return err }, // each address has a time
-		stepTLS: func(ctx context.Context) (err error) { c.nc, t.tls, err = d.secure(ctx, c.nc); return err },
-		stepUpgrade: func(context.Context) (err error) {
+	t, c := new(dialTrace), new(wsPeer)
+	for t.step < stepSession {
+		var err error
+		began := time.Now()
+		bounded, cancel := context.WithTimeout(ctx, stepTime)
+		switch t.step {
+		case stepDNS:
+			d.addrs, err = d.resolve(bounded)
+			t.addrs = d.addrs
+		case stepTCP:
+			c.nc, err = d.connect(ctx) // each address has a time of its own
+		case stepTLS:
+			c.nc, t.tls, err = d.secure(bounded, c.nc)
+		case stepUpgrade:
 			c.unwatch = context.AfterFunc(ctx, func() { c.nc.Close() })
 			if t.answer, err = c.upgrade(d.request(role, serverID, nonce)); err != nil {
 				c.unwatch()
 			}
-			return err
-		},
-	}
-	for t.step < stepSession {
-		began := time.Now()
-		bounded, cancel := context.WithTimeout(ctx, stepTime)
-		err := steps[t.step](bounded)
+		}
 		cancel()
 		t.took[t.step] = time.Since(began)
 		if c.nc != nil {
