@@ -634,7 +634,7 @@ func benchNeighbor(b *testing.B, flooders, size int) {
 			if err != nil {
 				return
 			}
-			if bytes.Contains(m[:min(60, len(m))], []byte(`"frame":"ask"`)) {
+			if bytes.Contains(m[:min(2*len(connID), len(m))], []byte(`"frame":"ask"`)) {
 				binary.nc.Write(clientFrame(last, opText, []byte(`{"conn_id":"`+connID+`","frame":"answer"}`)))
 			}
 		}
