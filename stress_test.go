@@ -110,7 +110,7 @@ func stressOptions(tiny bool) options {
 	o := testOptions()
 	o.queue = 256 << 10
 	o.ping, o.grace, o.challengeTimeout = 3*patience, 3*patience, 3*patience
-	o.writeTimeout, o.closeTimeout = 3*patience, 3*patience
+	o.messageTimeout, o.writeTimeout, o.closeTimeout = 3*patience, 3*patience, 3*patience
 	if tiny {
 		o.maxFrame, o.queue, o.queueTotal = 32<<10, 8<<10, 384<<10
 		o.maxPhones, o.maxConnections = 3, stressServers*stressPhones/2
