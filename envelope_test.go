@@ -311,6 +311,7 @@ func TestEnvelopeParse(t *testing.T) {
 		{"unknown members", `{"token":"t","conn_id":"a","frame":0,"more":{"conn_id":"b"}}`, `a 0`},
 		{"other case", `{"Conn_ID":"b","conn_id":"a","FRAME":1,"frame":0}`, `a 0`},
 		{"duplicates", `{"conn_id":"b","frame":1,"conn_id":"a","frame":0}`, `a 0`},
+		{"conn_id of the wrong type, then a good one", `{"conn_id":7,"conn_id":"a","frame":0,"v":[1,{"conn_id":"b"}]}`, `a 0`},
 		{"frame taken back", `{"conn_id":"a","frame":1,"frame":null}`, dropNoFrame.String()},
 		{"close_code 0, which is none", `{"conn_id":"a","frame":0,"close_code":0}`, `a 0`},
 		{"close_code 0 and nothing else", `{"conn_id":"a","close_code":0}`, dropNoFrame.String()},

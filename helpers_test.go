@@ -642,8 +642,8 @@ func (c *wsClient) ended() (code int, reason string) {
 		case op == opClose:
 			c.nc.SetWriteDeadline(time.Now().Add(c.patience))
 			c.nc.Write(clientFrame(last, opClose, p)) // the relay may be gone
-			if _, err := io.Copy(io.Discard, c.br); err != nil && !isReset(err) {
-				c.t.Fatalf("waiting for the end of tcp: %v", err)
+			if n, err := io.Copy(io.Discard, c.br); n > 0 || err != nil && !isReset(err) {
+				c.t.Fatalf("%d bytes behind the close frame, and then %v", n, err)
 			}
 			c.nc.Close()
 			if len(p) < 2 {

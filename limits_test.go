@@ -190,6 +190,12 @@ func TestLimitsRates(t *testing.T) {
 			t.Errorf("step %d: %d allowed, want %d", i, n, step.want)
 		}
 	}
+	off := newRates(testOptions(), clock.now)
+	for range 1000 {
+		if ok, _ := off.allow(one); !ok {
+			t.Fatal("refused with -rate-per-minute 0")
+		}
+	}
 }
 
 // Who waits for as long as Retry-After says is let in, and not a moment earlier.
@@ -211,16 +217,6 @@ func TestLimitsRatesWait(t *testing.T) {
 		clock.advance(1)
 		if ok, _ := r.allow(addr); !ok {
 			t.Fatalf("refused after a wait of %v", wait)
-		}
-	}
-}
-
-func TestLimitsRatesOff(t *testing.T) {
-	t.Parallel()
-	l := newRates(testOptions(), newTestClock().now)
-	for range 1000 {
-		if ok, _ := l.allow(addrNumber(1)); !ok {
-			t.Fatal("refused with -rate-per-minute 0")
 		}
 	}
 }
@@ -617,33 +613,6 @@ func TestLimitsOneAnswerForOneRequest(t *testing.T) {
 	}
 }
 
-// A proxy that keeps a refusal could show the identity of a relay that is gone.
-func TestLimitsAnswersAreNotKept(t *testing.T) {
-	t.Parallel()
-	r := startRelay(t, testOptions())
-	for _, head := range []string{
-		upgradeHead(), upgradeHead("Key: dG", "Key: "), upgradeHead("User-Agent: app/1\r\n", ""), upgradeHead("GET ", "POST "),
-		upgradeHead("Version: 13", "Version: 8"),
-		upgradeHead("User-Agent", strings.Repeat("A:b\r\n", maxHeadLines)+"User-Agent"),
-		upgradeHead("/v2/client", "/"), upgradeHead("/v2/client", "/healthz"), upgradeHead("/v2/client", "/readyz"),
-		upgradeHead("/v2/client", "/nowhere"),
-	} {
-		nc, err := r.connect()
-		if err != nil {
-			t.Fatal(err)
-		}
-		io.WriteString(nc, head)
-		a, err := http.ReadResponse(bufio.NewReader(nc), nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		nc.Close()
-		if got := a.Header.Get("Cache-Control"); (got == "no-store") != (a.StatusCode != http.StatusSwitchingProtocols) {
-			t.Errorf("%s, Cache-Control %q", a.Status, got)
-		}
-	}
-}
-
 // chunkConn is a net.Conn that gives chunks and takes what is written.
 type chunkConn struct {
 	net.Conn
@@ -703,7 +672,8 @@ func TestLimitsHeadLines(t *testing.T) {
 			if !refused {
 				want = len(tt.in)
 			}
-			if said := strings.HasPrefix(c.wrote.String(), "HTTP/1.1 431 "); said != refused || passed != want {
+			said := strings.HasPrefix(c.wrote.String(), "HTTP/1.1 431 ") && strings.Contains(c.wrote.String(), "\r\nCache-Control: no-store\r\n")
+			if said != refused || passed != want {
 				t.Errorf("%s, %d bytes at a time: %d bytes passed, want %d; said %q", tt.name, size, passed, want, c.wrote.String())
 			}
 		}

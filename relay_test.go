@@ -48,6 +48,11 @@ func (r *testRelay) ask(lines ...string) (resp *http.Response, body string) {
 	if err != nil {
 		r.t.Fatal(err)
 	}
+	// A proxy that keeps a relay's answer, which net/http's own is none of, could show the
+	// identity of a relay that is gone.
+	if kept := resp.Header.Get("Cache-Control"); kept != "no-store" && !bytes.HasPrefix(b, []byte("400 Bad Request")) {
+		r.t.Errorf("%q: Cache-Control is %q", lines[0], kept)
+	}
 	return resp, string(b)
 }
 
@@ -65,7 +70,7 @@ func TestRelayPages(t *testing.T) {
 		health := func(status string) {
 			t.Helper()
 			resp, body := r.ask(get("/healthz")...)
-			if resp.StatusCode != 200 || resp.Header.Get("Cache-Control") != "no-store" || resp.Header.Get("Content-Type") != "application/json" {
+			if resp.StatusCode != 200 || resp.Header.Get("Content-Type") != "application/json" {
 				t.Errorf("/healthz: %s %v", resp.Status, resp.Header)
 			}
 			var got map[string]any
@@ -162,7 +167,9 @@ func TestRelayGates(t *testing.T) {
 					if resp.StatusCode != g.status {
 						t.Errorf("%s: %s %s: %d %q, want %d", g.name, g.method, path, resp.StatusCode, body, g.status)
 					}
-					if strings.Count(body, "\n") != 1 || len(body) < 10 || !strings.HasPrefix(resp.Header.Get("Content-Type"), "text/plain") {
+					if g.status == 101 {
+						r.settle("it is gone", func() bool { r.abortAll(); return r.count(role) == 0 })
+					} else if strings.Count(body, "\n") != 1 || len(body) < 10 || !strings.HasPrefix(resp.Header.Get("Content-Type"), "text/plain") {
 						t.Errorf("%s: body is %q of type %s, want one line for a person", g.name, body, resp.Header.Get("Content-Type"))
 					}
 					if got := resp.Header.Get("x-pyrycode-relay-instance"); got != r.id.String() {
@@ -202,24 +209,10 @@ func TestRelayGates(t *testing.T) {
 			{"key", "GET", "", join(good, upgrade, version, badKey), 400, upgradeBadRequest, nil},
 			{"no key", "GET", "", join(good, upgrade, version), 400, upgradeBadRequest, nil},
 			{"two keys", "GET", "", join(good, upgrade, version, key, key), 400, upgradeBadRequest, nil},
+			{"none", "GET", "", join(good, upgrade, version, key), 101, upgradeAccepted,
+				map[string]string{"Sec-WebSocket-Accept": "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="}},
 		} {
 			try(g)
-		}
-		for role, paths := range endpoints {
-			for _, path := range paths {
-				before := r.metrics.upgrades[role][upgradeAccepted].Load()
-				resp, _ := r.ask(join("GET "+path+" HTTP/1.1", "Host: relay", "X-Forwarded-For: "+newcomer(), good, upgrade, version, key)...)
-				if resp.StatusCode != 101 || resp.Header.Get("Sec-WebSocket-Accept") != "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=" {
-					t.Errorf("%s: %s %v", path, resp.Status, resp.Header)
-				}
-				if got := resp.Header.Get("x-pyrycode-relay-instance"); got != r.id.String() {
-					t.Errorf("%s: instance is %q, want %q", path, got, r.id)
-				}
-				if got := r.metrics.upgrades[role][upgradeAccepted].Load() - before; got != 1 {
-					t.Errorf("%s: counted %d times", path, got)
-				}
-				r.settle("it is gone", func() bool { r.abortAll(); return r.count(role) == 0 })
-			}
 		}
 		r.mustDial("/v2/server", from(newcomer(), binaryHeaders("holder")))
 		r.draining.Store(true)
@@ -483,6 +476,8 @@ func TestSessionPassesFramesUnchanged(t *testing.T) {
 	})
 }
 
+// What is no JSON, and what would be read as more of the envelope (FuzzInjection has the
+// rest), ends a phone and nobody else.
 func TestSessionPhoneSendsJSON(t *testing.T) {
 	t.Parallel()
 	tests := []struct {
@@ -490,22 +485,9 @@ func TestSessionPhoneSendsJSON(t *testing.T) {
 		reason  string
 	}{
 		{``, "not one json value"},
-		{` `, "not one json value"},
-		{`1,"conn_id":"victim"`, "not one json value"},
 		{`1}{"conn_id":"victim","frame":2`, "not one json value"},
-		{`1 2`, "not one json value"},
-		{`{"a":1`, "not one json value"},
-		{`[1]]`, "not one json value"},
-		{`"a`, "not one json value"},
-		{"\"a\nb\"", "not one json value"},
-		{"1\x00", "not one json value"},
-		{`01`, "not one json value"},
-		{`nul`, "not one json value"},
-		{`'a'`, "not one json value"},
-		{"\xef\xbb\xbf1", "not one json value"},
 		{strings.Repeat("[", 10000) + strings.Repeat("]", 10000), "not one json value"},
 		{"\"\xff\"", "invalid utf-8"},
-		{"\"\xed\xa0\x80\"", "invalid utf-8"},
 	}
 	onEach(t, testOptions(), func(t *testing.T, r *testRelay) {
 		b, sibling, _ := r.pair("json")
@@ -524,6 +506,8 @@ func TestSessionPhoneSendsJSON(t *testing.T) {
 	})
 }
 
+// An envelope that goes nowhere (FuzzParseEnvelope has which ones) is counted, and its
+// binary stays.
 func TestSessionDropsEnvelopes(t *testing.T) {
 	t.Parallel()
 	type useless struct {
@@ -533,29 +517,14 @@ func TestSessionDropsEnvelopes(t *testing.T) {
 		reason dropReason
 	}
 	tests := []useless{
-		{"nothing", opText, ``, dropNotEnvelope},
 		{"no object", opText, `[{"conn_id":"ID","frame":1}]`, dropNotEnvelope},
-		{"no json", opText, `{"conn_id":"ID","frame":1`, dropNotEnvelope},
-		{"two objects", opText, `{"conn_id":"ID","frame":1}{}`, dropNotEnvelope},
 		{"binary that is not utf-8", opBinary, "{\"conn_id\":\"ID\",\"frame\":\"\xff\"}", dropNotEnvelope},
 		{"no conn_id", opText, `{"frame":1}`, dropNoConnID},
-		{"null conn_id", opText, `{"conn_id":null,"frame":1}`, dropNoConnID},
-		{"number as conn_id", opText, `{"conn_id":7,"frame":1}`, dropNoConnID},
-		{"object as conn_id", opText, `{"conn_id":{"a":"ID"},"frame":1}`, dropNoConnID},
-		{"other case", opText, `{"Conn_ID":"ID","frame":1}`, dropNoConnID},
 		{"empty conn_id", opText, `{"conn_id":"","frame":1}`, dropUnknownConn},
 		{"unknown conn_id", opText, `{"conn_id":"ID2","frame":1}`, dropUnknownConn},
-		{"last conn_id is unknown", opText, `{"conn_id":"ID","conn_id":"nobody","frame":1}`, dropUnknownConn},
 		{"phone of another server", opText, `{"conn_id":"FOREIGN","frame":1}`, dropUnknownConn},
 		{"close for a phone of another server", opText, `{"conn_id":"FOREIGN","close_code":4401}`, dropUnknownConn},
-		{"no frame", opText, `{"conn_id":"ID"}`, dropNoFrame},
-		{"null frame", opText, `{"conn_id":"ID","frame":null}`, dropNoFrame},
 		{"last frame is null", opText, `{"conn_id":"ID","frame":1,"frame":null}`, dropNoFrame},
-		{"close_code as text", opText, `{"conn_id":"ID","frame":1,"close_code":"4401"}`, dropBadCloseCode},
-		{"close_code with a fraction", opText, `{"conn_id":"ID","frame":1,"close_code":4401.5}`, dropBadCloseCode},
-		{"close_code too large", opText, `{"conn_id":"ID","frame":1,"close_code":99999999999999999999}`, dropBadCloseCode},
-		{"close_code as object", opText, `{"conn_id":"ID","frame":1,"close_code":{}}`, dropBadCloseCode},
-		{"close_code 0 is no close", opText, `{"conn_id":"ID","close_code":0}`, dropNoFrame},
 		{"push wake", opText, `{"push_wake":{"token":"credential"}}`, dropPushWake},
 		{"push wake and frame", opText, `{"frame":1,"push_wake":{"token":"credential"}}`, dropPushWake},
 	}
@@ -590,28 +559,6 @@ func TestSessionDropsEnvelopes(t *testing.T) {
 			t.Error("a push wake is in the log")
 		}
 		foreign.text("1") // it lives
-	})
-}
-
-func TestSessionOddEnvelopes(t *testing.T) {
-	t.Parallel()
-	tests := []string{
-		`{"conn_id":"nobody","conn_id":"ID","frame":1,"frame":"FRAME"}`,
-		`{"conn_id":7,"conn_id":"ID","frame":"FRAME"}`,
-		` { "frame" : "FRAME" , "conn_id" : "ID" } `,
-		`{"v":[1,{"conn_id":"nobody"}],"conn_id":"ID","frame":"FRAME","token":"t","close_code":null}`,
-		`{"conn_id":"ID","frame":"FRAME","close_code":4401,"close_code":null}`,
-		`{"conn_id":"ID","frame":"FRAME","push_wake":{}}`,
-		`{"\u0063onn_id":"ID","fr\u0061me":"FRAME"}`,
-	}
-	onEach(t, testOptions(), func(t *testing.T, r *testRelay) {
-		b, ph, id := r.pair("odd")
-		for _, text := range tests {
-			b.text(strings.ReplaceAll(text, "ID", id))
-			if got := ph.message(); got != `"FRAME"` {
-				t.Errorf("%s: the phone got %s", text, got)
-			}
-		}
 	})
 }
 
@@ -953,22 +900,10 @@ func TestDrain(t *testing.T) {
 		var peers sync.WaitGroup
 		for i := range drainPairs {
 			b, ph, id := r.pair(fmt.Sprint("id-", i))
+			peers.Go(func() { ph.wantEnd(1001, "shutting down") })
 			peers.Go(func() {
-				code, reason, err := endOf(ph)
-				if code != 1001 || reason != "shutting down" || err != nil {
-					t.Errorf("a phone ended with %d %q (%v)", code, reason, err)
-				}
-			})
-			peers.Go(func() {
-				// Its phone is gone first.
-				op, p, err := b.next()
-				if want := fmt.Sprintf(`{"conn_id":%q,"close_code":1001}`, id); op != opText || string(p) != want || err != nil {
-					t.Errorf("a binary got opcode %d %q (%v), want %s", op, p, err, want)
-				}
-				code, reason, err := endOf(b)
-				if code != 1001 || reason != "shutting down" || err != nil {
-					t.Errorf("a binary ended with %d %q (%v)", code, reason, err)
-				}
+				b.wantNotice(id, 1001) // its phone is gone first
+				b.wantEnd(1001, "shutting down")
 			})
 		}
 		r.drained(patience)
@@ -985,27 +920,6 @@ func TestDrain(t *testing.T) {
 			}
 		}
 	})
-}
-
-// endOf reads until the close frame, answers it and reads until the end of TCP.
-func endOf(c *wsClient) (code uint16, reason string, err error) {
-	for {
-		op, p, err := c.next()
-		if err != nil {
-			return 0, "", err
-		}
-		if op != opClose {
-			continue
-		}
-		code, _ = parseClose(p)
-		if _, err := c.nc.Write(clientFrame(last, opClose, p)); err != nil {
-			return code, string(p[2:]), err
-		}
-		if op, p, err := c.next(); err == nil {
-			return code, reason, fmt.Errorf("opcode %d %q behind the close handshake", op, p)
-		}
-		return code, string(p[2:]), nil
-	}
 }
 
 // Peers that never answer cost the deadline, and neither leg its word.
@@ -1084,12 +998,8 @@ func TestDrainOfFrozenPeers(t *testing.T) {
 func (r *testRelay) drainTells(cs ...*wsClient) {
 	r.t.Helper()
 	var peers sync.WaitGroup
-	for i, c := range cs {
-		peers.Go(func() {
-			if code, reason, err := endOf(c); code != 1001 || reason != "shutting down" || err != nil {
-				r.t.Errorf("peer %d ended with %d %q (%v)", i, code, reason, err)
-			}
-		})
+	for _, c := range cs {
+		peers.Go(func() { c.wantEnd(1001, "shutting down") })
 	}
 	r.drained(patience)
 	peers.Wait()
