@@ -440,8 +440,6 @@ func (p *probe) quiet(ctx context.Context, claim, phone *wsPeer) {
 		}
 		p.fail("idle", diagnosis{fmt.Sprintf("the %s connection was cut after %s of silence: %v", leg, age(time.Since(began)), err), remedy})
 	}
-	answered := make(chan struct{}, 1)
-	phone.serve(func([]byte) { answered <- struct{}{} })
 	var late <-chan time.Time
 	over := time.After(p.idle)
 	for every := time.Tick(time.Second); ; {
@@ -455,7 +453,7 @@ func (p *probe) quiet(ctx context.Context, claim, phone *wsPeer) {
 		case <-late:
 			cut("phone's", fmt.Errorf("a frame did not come back within %v", stepTime))
 			return
-		case <-answered:
+		case <-phone.answers:
 			p.pass("idle", fmt.Sprintf("the path survived %s of silence", age(time.Since(began))))
 			return
 		case <-ctx.Done():
@@ -543,15 +541,14 @@ func newHousehold(open opener) *household {
 	return &household{id: probePrefix + rand.Text(), open: open}
 }
 
-// hold claims the server-id, and has the binary send back what phones send. Where
-// the relay refuses a claim, its close frame comes behind the 101, in place of the
+// hold claims the server-id. Where the relay refuses a claim, its close frame comes behind the 101, in place of the
 // answer to a ping.
 func (h *household) hold(ctx context.Context) (*dialTrace, error) {
 	peer, t, err := h.open(ctx, roleBinary, h.id)
 	if err != nil {
 		return t, err
 	}
-	if _, err = peer.ask(opPing, nil, opPong); err != nil {
+	if _, err = peer.ask(opPing, nil); err != nil {
 		peer.close()
 		if errors.Is(err, os.ErrDeadlineExceeded) {
 			err = fmt.Errorf("no answer to a ping within %v", stepTime)
@@ -559,7 +556,6 @@ func (h *household) hold(ctx context.Context) (*dialTrace, error) {
 		return t, err
 	}
 	h.claim = peer
-	peer.serve(peer.echo)
 	return t, nil
 }
 
@@ -677,7 +673,7 @@ var system network = struct {
 // dial opens a session of one leg, which lasts until close or the end of ctx. A
 // nonce, if any, is one of the relay's own. The trace is there in any case.
 func (d *dialer) dial(ctx context.Context, role role, serverID, nonce string) (*wsPeer, *dialTrace, error) {
-	t, c := new(dialTrace), new(wsPeer)
+	t, c := new(dialTrace), &wsPeer{role: role, answers: make(chan []byte, 1), over: make(chan struct{})}
 	for t.step < stepSession {
 		var err error
 		began := time.Now()
@@ -709,6 +705,7 @@ func (d *dialer) dial(ctx context.Context, role role, serverID, nonce string) (*
 		}
 		t.step++
 	}
+	go c.read()
 	return c, t, nil
 }
 
@@ -794,15 +791,16 @@ func (d *dialer) request(role role, serverID, nonce string) *websocket.Config {
 }
 
 // wsPeer is a session from a peer's side. x/net/websocket makes the handshake and
-// reads and writes the frames.
+// reads and writes the frames. A binary sends what it is sent back.
 type wsPeer struct {
+	role    role
 	nc      net.Conn
 	ws      *websocket.Conn
-	unwatch func() bool // of the context of the dial
-	mu      sync.Mutex  // writing: x/net has no lock for frames
-
-	end  *endError     // owned by the goroutine that receives
-	over chan struct{} // of a session that serves: closed behind the end
+	unwatch func() bool   // of the context of the dial
+	mu      sync.Mutex    // writing: x/net has no lock for frames
+	answers chan []byte   // messages to a phone, pongs to a binary; one waits
+	over    chan struct{} // closed behind the end
+	end     *endError     // set by then
 }
 
 // endError is how a session ended: with a close frame, or 1006 and err.
@@ -849,28 +847,32 @@ func (c *wsPeer) upgrade(config *websocket.Config) (answer, error) {
 	return a, err
 }
 
-// receive returns the next frame of a kind. It answers pings, and the close frame
-// that is the end.
-func (c *wsPeer) receive(kind byte) ([]byte, error) {
+// read takes what the relay sends until the end, for which close waits. It answers
+// pings, and the close frame that is the end.
+func (c *wsPeer) read() {
+	defer close(c.over)
 	for c.end == nil {
 		op, p, err := c.frame()
-		if err == nil && op == opPing {
-			err = c.write(opPong, p)
-		}
 		switch {
 		case err != nil:
 			c.end = &endError{code: 1006, err: err}
-		case op == kind:
-			return p, nil
+		case op == opPing:
+			c.write(opPong, p) // if that fails, so does the next frame
 		case op == opClose:
 			c.end = &endError{code: noCloseCode}
 			if len(p) >= 2 {
 				c.end.code, c.end.reason = int(binary.BigEndian.Uint16(p)), string(p[2:])
 			}
 			c.write(opClose, p) // the answer; the relay may be gone
+		case op == opText && c.role == roleBinary:
+			c.echo(p)
+		case op == opText, op == opPong && c.role == roleBinary:
+			select {
+			case c.answers <- p:
+			default: // nothing asks any more
+			}
 		}
 	}
-	return nil, c.end
 }
 
 // frame reads one frame as relays send them: whole and unmasked.
@@ -905,25 +907,26 @@ func (c *wsPeer) write(op byte, p []byte) error {
 	return err
 }
 
-// ask sends a frame and waits for one that comes back. It prefers the close frame,
-// which tells why, to the error of a write after it.
-func (c *wsPeer) ask(op byte, p []byte, back byte) ([]byte, error) {
-	writeErr := c.write(op, p)
-	c.nc.SetReadDeadline(time.Now().Add(stepTime))
-	if writeErr != nil {
-		c.nc.SetReadDeadline(time.Now().Add(byeTime))
+// ask sends a frame and waits for an answer. It prefers the close frame, which tells
+// why, to the error of a write after it.
+func (c *wsPeer) ask(op byte, p []byte) (answer []byte, err error) {
+	patience := stepTime
+	if err = c.write(op, p); err != nil {
+		patience = byeTime
 	}
-	p, err := c.receive(back)
-	c.nc.SetReadDeadline(time.Time{})
-	if writeErr != nil && errors.Is(err, os.ErrDeadlineExceeded) {
-		err = writeErr
+	select {
+	case answer = <-c.answers:
+		return answer, nil
+	case <-c.over:
+		return nil, c.end
+	case <-time.After(patience):
+		return nil, cmp.Or(err, os.ErrDeadlineExceeded)
 	}
-	return p, err
 }
 
 // roundTrip sends a frame, which the claim sends back in brackets.
 func (c *wsPeer) roundTrip(frame []byte) error {
-	p, err := c.ask(opText, frame, opText)
+	p, err := c.ask(opText, frame)
 	switch {
 	case errors.Is(err, os.ErrDeadlineExceeded):
 		return fmt.Errorf("a frame of %d bytes did not come back within %v", len(frame), stepTime)
@@ -931,21 +934,6 @@ func (c *wsPeer) roundTrip(frame []byte) error {
 		return fmt.Errorf("%d bytes went out, %d others came back", len(frame), len(p))
 	}
 	return err
-}
-
-// serve hands every message to f, in a goroutine that close waits for.
-func (c *wsPeer) serve(f func(message []byte)) {
-	c.over = make(chan struct{})
-	go func() {
-		defer close(c.over)
-		for {
-			m, err := c.receive(opText)
-			if err != nil {
-				return
-			}
-			f(m)
-		}
-	}()
 }
 
 // echo sends what a phone has sent back to it. The brackets tell it from a server
@@ -967,13 +955,7 @@ func (c *wsPeer) echo(message []byte) {
 func (c *wsPeer) close() {
 	c.write(opClose, binary.BigEndian.AppendUint16(nil, 1000)) // nothing is left to do if that fails
 	c.nc.SetDeadline(time.Now().Add(byeTime))
-	if c.over != nil {
-		<-c.over
-	} else {
-		for c.end == nil {
-			c.receive(opText)
-		}
-	}
+	<-c.over
 	c.unwatch()
 	c.nc.Close()
 }
