@@ -344,25 +344,22 @@ func openCertificate(o options, log *slog.Logger, warned *atomic.Pointer[warning
 func (c *certificate) watch(hangups <-chan os.Signal, reload func(do func())) (stop func()) {
 	return repeat(certificateEvery, hangups, func(hangup bool) {
 		if hangup {
-			reload(func() { c.retake(c.read()) })
+			reload(func() { c.look(true) })
 		} else {
-			c.look()
+			c.look(false)
 		}
 	})
 }
 
-// look takes the pair if it has changed, and is whole.
-func (c *certificate) look() {
+// look takes the pair if it has changed and is whole, or, where it is asked to, as it is.
+// One that is no good does not replace the one that there is.
+func (c *certificate) look(asked bool) {
 	c.checkDates()
 	pair, content, err := c.read()
-	before := c.seen
-	if c.seen = content; content == before && content != c.taken {
-		c.retake(pair, content, err)
+	whole := content == c.seen
+	if c.seen = content; !asked && (!whole || content == c.taken) {
+		return
 	}
-}
-
-// retake keeps the pair that there is where the new one is no good.
-func (c *certificate) retake(pair tls.Certificate, content string, err error) {
 	if c.taken = content; err != nil {
 		c.failures.Add(1)
 		c.log.Warn("the certificate was not replaced: "+err.Error(), "not_after", c.current.Load().Leaf.NotAfter)

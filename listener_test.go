@@ -478,7 +478,7 @@ func TestListenerCertificateLook(t *testing.T) {
 	check := func(what string, looks int, want *tls.Config, failures int64, lines int, bad bool) {
 		t.Helper()
 		for range looks {
-			c.look()
+			c.look(false)
 		}
 		_, n := c.state()
 		if !bytes.Equal(c.current.Load().Certificate[0], want.Certificates[0].Certificate[0]) || n != failures ||

@@ -232,7 +232,7 @@ func TestStatusWarnings(t *testing.T) {
 			if err != nil || r.instance.tlsWarning.Swap(nil) == nil {
 				r.t.Fatalf("no warning at the start, %v", err)
 			}
-			c.look() // as if it had only just ended
+			c.look(false) // as if it had only just ended
 		}, true, "the certificate is not valid at this time", ", "},
 		"memory": {func(r *testRelay) { warnMemory(r.o, 1<<20, "test", keep(r.log, &r.instance.memoryWarning)) }, true,
 			"the memory limit is below what the options need", ""},
