@@ -68,6 +68,9 @@ func (l *logBuffer) String() string {
 	return l.b.String()
 }
 
+// keeping is log, which keeps its latest warning as well.
+func keeping(log *slog.Logger) keptLog { return keptLog{log, new(atomic.Pointer[warning])} }
+
 // ---- a relay under test ----
 
 // testRelay is a relay that serves until its test ends, and is then drained and
@@ -207,7 +210,7 @@ type securedListener struct{ net.Listener }
 func openPair(t testing.TB, o options, log *slog.Logger, config *tls.Config) *certificate {
 	t.Helper()
 	o.tlsCert, o.tlsKey = writePair(t, t.TempDir(), config)
-	c, err := openCertificate(o, log, new(atomic.Pointer[warning]))
+	c, err := openCertificate(o, keeping(log))
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -425,7 +425,7 @@ func TestLimitsMemoryWarning(t *testing.T) {
 	} {
 		var log logBuffer
 		o.queueTotal = c.total
-		warnMemory(o, c.allowed, "file", newLogger(&log, o))
+		warnMemory(o, c.allowed, "file", keeping(newLogger(&log, o)))
 		if got := log.String(); !strings.HasSuffix(got, c.want) || c.want == "" && got != "" {
 			t.Errorf("%d allowed with -queue-total %d: %q, want %q", c.allowed, c.total, got, c.want)
 		}

@@ -312,8 +312,7 @@ func (w *wire) Read(p []byte) (int, error) {
 // certificate is the pair of -tls-cert and -tls-key.
 type certificate struct {
 	certFile, keyFile string
-	log               *slog.Logger
-	warned            *atomic.Pointer[warning] // what log keeps there holds until a pair is taken
+	log               keptLog // what it keeps holds until a pair is taken
 
 	current  atomic.Pointer[tls.Certificate]
 	failures atomic.Int64 // to take a pair that has changed
@@ -323,14 +322,14 @@ type certificate struct {
 }
 
 // openCertificate reads the pair for the first time. Without one it is nil.
-func openCertificate(o options, log *slog.Logger, warned *atomic.Pointer[warning]) (*certificate, error) {
+func openCertificate(o options, log keptLog) (*certificate, error) {
 	switch {
 	case (o.tlsCert == "") != (o.tlsKey == ""):
 		return nil, errors.New("-tls-cert and -tls-key go together: set both, or neither")
 	case o.tlsCert == "":
 		return nil, nil
 	}
-	c := &certificate{certFile: o.tlsCert, keyFile: o.tlsKey, log: keep(log, warned), warned: warned}
+	c := &certificate{certFile: o.tlsCert, keyFile: o.tlsKey, log: log}
 	pair, content, err := c.read()
 	if err == nil {
 		c.take(pair)
@@ -388,7 +387,7 @@ func (c *certificate) read() (pair tls.Certificate, content string, err error) {
 
 // take makes the pair the one that clients see from now on.
 func (c *certificate) take(pair tls.Certificate) {
-	c.warned.Store(nil)
+	c.log.kept.Store(nil)
 	c.current.Store(&pair)
 	c.checkDates()
 }
@@ -396,7 +395,7 @@ func (c *certificate) take(pair tls.Certificate) {
 // checkDates warns, once, that the certificate is over, or has not begun.
 func (c *certificate) checkDates() {
 	now, leaf := time.Now(), c.current.Load().Leaf
-	if (now.Before(leaf.NotBefore) || now.After(leaf.NotAfter)) && c.warned.Load() == nil {
+	if (now.Before(leaf.NotBefore) || now.After(leaf.NotAfter)) && c.log.kept.Load() == nil {
 		c.log.Warn("the certificate is not valid at this time, so that no peer connects: renew it, or correct the clock",
 			"not_before", leaf.NotBefore, "not_after", leaf.NotAfter)
 	}

@@ -471,7 +471,7 @@ func TestListenerCertificateLook(t *testing.T) {
 	o := defaultOptions()
 	o.tlsCert, o.tlsKey = filepath.Join(live, "cert.pem"), filepath.Join(live, "key.pem")
 	var warned atomic.Pointer[warning]
-	c, err := openCertificate(o, newLogger(&log, o), &warned)
+	c, err := openCertificate(o, keptLog{newLogger(&log, o), &warned})
 	if err != nil {
 		t.Fatal(err)
 	}

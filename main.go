@@ -100,7 +100,7 @@ func serve(ctx context.Context, o options, env map[string]string, w *logWriter) 
 		return exitRefused, err
 	}
 	state := new(instanceState)
-	cert, err := openCertificate(o, log, &state.tlsWarning)
+	cert, err := openCertificate(o, keptLog{log, &state.tlsWarning})
 	if err != nil {
 		return exitRefused, err
 	}
@@ -139,8 +139,8 @@ func serve(ctx context.Context, o options, env map[string]string, w *logWriter) 
 	}
 	defer lock.Close()
 	allowed, from := memoryAllowed("")
-	warnFiles(o, fileLimit(), keep(log, &state.filesWarning))
-	warnMemory(o, allowed, from, keep(log, &state.memoryWarning))
+	warnFiles(o, fileLimit(), keptLog{log, &state.filesWarning})
+	warnMemory(o, allowed, from, keptLog{log, &state.memoryWarning})
 	defer debug.SetMemoryLimit(limitMemory(o, allowed))
 	if cert != nil && env["GOGC"] == "" {
 		// A handshake leaves as much garbage as a session keeps: with Go's 100 an idle
@@ -226,7 +226,7 @@ func holdInstance(o options, log *slog.Logger, state *instanceState, info lockIn
 	} else if err != nil {
 		found = err.Error()
 	}
-	keep(log, &state.hostWarning).Warn("SINGLE-INSTANCE CHECK BYPASSED by "+bypassName+"=1: with a second relay behind the same name, "+
+	keptLog{log, &state.hostWarning}.Warn("SINGLE-INSTANCE CHECK BYPASSED by "+bypassName+"=1: with a second relay behind the same name, "+
 		"phones get 4404 although their binary is online, and no log says why; for an emergency or a migration only: "+
 		"unset it as soon as that is over", "found", found)
 	return lock, nil
@@ -461,7 +461,7 @@ func fileLimit() (n int64) {
 }
 
 // warnFiles says what happens where the system allows fewer files than connections.
-func warnFiles(o options, allowed int64, log *slog.Logger) {
+func warnFiles(o options, allowed int64, log keptLog) {
 	const others = 64 // listeners, requests that are no session, the log
 	if allowed < int64(o.maxConnections)+others {
 		log.Warn("the file limit is below -max-connections: connections beyond it are not accepted until others leave; "+
@@ -517,11 +517,11 @@ func memoryNeeded(o options) int64 {
 
 // warnMemory says what happens where the process may have less memory than the
 // options need, and which -queue-total would fit.
-func warnMemory(o options, allowed int64, from string, log *slog.Logger) {
+func warnMemory(o options, allowed int64, from string, log keptLog) {
 	const risk = "the memory limit is below what the options need: the system may kill this relay; raise it"
 	need := memoryNeeded(o)
 	fits := o.queueTotal - (need - allowed)
-	log = log.With("allowed", allowed, "by", from, "needed", need)
+	log.Logger = log.With("allowed", allowed, "by", from, "needed", need)
 	switch {
 	case allowed >= need:
 	case fits < int64(o.queue):

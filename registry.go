@@ -2,7 +2,6 @@ package main
 
 import (
 	"container/list"
-	"context"
 	"crypto/rand"
 	"encoding/base64"
 	"encoding/binary"
@@ -596,7 +595,7 @@ func (b *session) strange(id []byte) {
 		return
 	}
 	o.told = now
-	keep(r.log, &r.instance.idsWarning).Log(context.Background(), [...]slog.Level{slog.LevelError, slog.LevelWarn}[e], [...]string{
+	keptLog{r.log, &r.instance.idsWarning}.warn([...]slog.Level{slog.LevelError, slog.LevelWarn}[e], [...]string{
 		"multi-instance deploy detected: this relay and another one serve binaries in turn",
 		"multi-instance deploy suspected: by its clock another relay has served binaries while this one was up",
 	}[e]+"; "+lostPhone+": run exactly one", "evidence", e, "other", fmt.Sprintf("%016x", t.relay), "instance", r.id.id,

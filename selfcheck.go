@@ -10,7 +10,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"log/slog"
 	"math/bits"
 	mrand "math/rand/v2"
 	"net"
@@ -644,7 +643,7 @@ type publicCheck struct {
 	pace     checkPace
 	pause    time.Duration // at most, between two connections
 	state    *instanceState
-	log      *slog.Logger
+	log      keptLog
 	round    func(ctx context.Context, joins int) roundResult // look
 	random   *mrand.Rand                                      // of pauses; nil: the runtime's
 	leave    chan error                                       // says that this process must give way
@@ -676,7 +675,7 @@ func newPublicCheck(o options, r *relay) *publicCheck {
 	c := &publicCheck{
 		me: r.id, began: r.started, standing: r.standing, keys: r.probes, bypass: o.bypass, pace: o.checkPace,
 		pause: min(o.checkPace.again/10, longestPause), state: r.instance, leave: make(chan error, 1),
-		log: keep(r.log, &r.instance.publicWarning), hints: r.hints,
+		log: keptLog{r.log, &r.instance.publicWarning}, hints: r.hints,
 	}
 	if o.publicURL != nil {
 		c.url, c.dialer.base, c.round = o.publicURL.String(), o.publicURL, c.look

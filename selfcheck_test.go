@@ -791,7 +791,7 @@ func (s checkScript) run(t *testing.T) (got checkRun) {
 		var logs logBuffer
 		c := &publicCheck{
 			me: myself, began: time.Now(), url: "wss://relay.test", bypass: s.bypass, pace: defaultPace(), state: new(instanceState),
-			log: slog.New(slog.NewTextHandler(&logs, nil)), leave: make(chan error, 1),
+			log: keeping(slog.New(slog.NewTextHandler(&logs, nil))), leave: make(chan error, 1),
 		}
 		c.state.public.Store(uint32(publicPending))
 		c.state.waits.Store(s.waits)
@@ -1067,7 +1067,8 @@ func TestPublicCheckTakesHints(t *testing.T) {
 			synctest.Test(t, func(t *testing.T) {
 				rounds := 0
 				c := &publicCheck{
-					state: new(instanceState), pace: defaultPace(), log: slog.New(slog.DiscardHandler), hints: make(chan struct{}, hintBurst),
+					state: new(instanceState), pace: defaultPace(), log: keeping(slog.New(slog.DiscardHandler)),
+					hints: make(chan struct{}, hintBurst),
 					round: func(context.Context, int) roundResult { rounds++; return allMine() },
 				}
 				c.start()
@@ -1133,7 +1134,7 @@ func (p relayPair) play(t *testing.T, random *rand.Rand, most time.Duration) (le
 	for i := range checks {
 		checks[i] = &publicCheck{
 			me: who(i), began: began, url: "wss://relay.test", pace: defaultPace(), state: new(instanceState),
-			log: slog.New(slog.DiscardHandler), leave: make(chan error, 1),
+			log: keeping(slog.New(slog.DiscardHandler)), leave: make(chan error, 1),
 		}
 		checks[i].round = func(ctx context.Context, _ int) roundResult {
 			o := rival{identity: who(1 - i), asked: time.Now(), told: true, mine: standingOf(i)}
@@ -1315,7 +1316,7 @@ func TestPaceFrom(t *testing.T) {
 // checkOf is a check of r through addr, without pauses.
 func checkOf(r *testRelay, addr string) *publicCheck {
 	d := dialer{base: &url.URL{Scheme: "ws", Host: addr}}
-	return &publicCheck{me: r.id, standing: r.standing, state: r.instance, keys: r.probes, dialer: d, log: r.log}
+	return &publicCheck{me: r.id, standing: r.standing, state: r.instance, keys: r.probes, dialer: d, log: keeping(r.log)}
 }
 
 // lookFrom makes one round as r does, through addr.
@@ -1531,7 +1532,7 @@ func TestPublicRoundAddresses(t *testing.T) {
 			t.Parallel()
 			var logs logBuffer
 			c := checkOf(me, "relay.test")
-			c.dialer.net, c.state, c.log = tt.net, new(instanceState), slog.New(slog.NewTextHandler(&logs, nil))
+			c.dialer.net, c.state, c.log = tt.net, new(instanceState), keeping(slog.New(slog.NewTextHandler(&logs, nil)))
 			for round := range 3 {
 				f := c.look(t.Context(), laterJoins)
 				if got := fmt.Sprint(f.unseen); f.verdict != tt.want || got != tt.unseen || f.addrs != len(tt.net) {

@@ -149,9 +149,29 @@ type warning struct {
 	Remedy string     `json:"remedy,omitempty"`
 }
 
-// keep returns a log whose latest warning is kept there.
-func keep(log *slog.Logger, kept *atomic.Pointer[warning]) *slog.Logger {
-	return slog.New(keeper{log.Handler(), kept})
+// keptLog is a log whose latest warning is kept, an error being one too, whatever
+// -log-level is.
+type keptLog struct {
+	*slog.Logger
+	kept *atomic.Pointer[warning]
+}
+
+func (l keptLog) Warn(text string, attrs ...any)  { l.warn(slog.LevelWarn, text, attrs...) }
+func (l keptLog) Error(text string, attrs ...any) { l.warn(slog.LevelError, text, attrs...) }
+
+// warn takes attrs in pairs.
+func (l keptLog) warn(level slog.Level, text string, attrs ...any) {
+	w := warning{Level: level, Text: text}
+	for pair := range slices.Chunk(attrs, 2) {
+		switch pair[0] {
+		case "found":
+			w.Found = fmt.Sprint(pair[1])
+		case "remedy", "next":
+			w.Remedy = fmt.Sprint(pair[1])
+		}
+	}
+	l.kept.Store(&w)
+	l.Log(context.Background(), level, text, attrs...)
 }
 
 // warnings are those that hold. What checks have found can be over, the rest needs another start.
@@ -168,40 +188,6 @@ func (r *relay) warnings() []warning {
 		}
 	}
 	return all
-}
-
-// keeper is the handler of a log that keeps its latest warning, whatever -log-level is.
-type keeper struct {
-	slog.Handler
-	kept *atomic.Pointer[warning]
-}
-
-func (h keeper) WithAttrs(as []slog.Attr) slog.Handler {
-	return keeper{h.Handler.WithAttrs(as), h.kept}
-}
-
-func (h keeper) Enabled(ctx context.Context, l slog.Level) bool {
-	return l >= slog.LevelWarn || h.Handler.Enabled(ctx, l)
-}
-
-func (h keeper) Handle(ctx context.Context, line slog.Record) error {
-	if line.Level >= slog.LevelWarn {
-		w := warning{Level: line.Level, Text: line.Message}
-		line.Attrs(func(a slog.Attr) bool {
-			switch a.Key {
-			case "found":
-				w.Found = a.Value.String()
-			case "remedy", "next":
-				w.Remedy = a.Value.String()
-			}
-			return true
-		})
-		h.kept.Store(&w)
-	}
-	if !h.Handler.Enabled(ctx, line.Level) {
-		return nil
-	}
-	return h.Handler.Handle(ctx, line)
 }
 
 // ---- what has been ----

@@ -228,15 +228,15 @@ func TestStatusWarnings(t *testing.T) {
 		"certificate": {func(r *testRelay) {
 			o := r.o
 			o.tlsCert, o.tlsKey = writePair(r.t, r.t.TempDir(), selfSigned(r.t, nil, "localhost", time.Hour, -time.Hour))
-			c, err := openCertificate(o, r.log, &r.instance.tlsWarning)
+			c, err := openCertificate(o, keptLog{r.log, &r.instance.tlsWarning})
 			if err != nil || r.instance.tlsWarning.Swap(nil) == nil {
 				r.t.Fatalf("no warning at the start, %v", err)
 			}
 			c.look(false) // as if it had only just ended
 		}, true, "the certificate is not valid at this time", ", "},
-		"memory": {func(r *testRelay) { warnMemory(r.o, 1<<20, "test", keep(r.log, &r.instance.memoryWarning)) }, true,
+		"memory": {func(r *testRelay) { warnMemory(r.o, 1<<20, "test", keptLog{r.log, &r.instance.memoryWarning}) }, true,
 			"the memory limit is below what the options need", ""},
-		"files": {func(r *testRelay) { warnFiles(r.o, 1, keep(r.log, &r.instance.filesWarning)) }, true,
+		"files": {func(r *testRelay) { warnFiles(r.o, 1, keptLog{r.log, &r.instance.filesWarning}) }, true,
 			"the file limit is below -max-connections", ""},
 		"full": {func(r *testRelay) {
 			r.enter(rolePhone)
@@ -245,7 +245,7 @@ func TestStatusWarnings(t *testing.T) {
 		"checking": {func(r *testRelay) { r.instance.waits.Store(true) }, false, "this relay makes sure that it is the only one first", ""},
 		"draining": {func(r *testRelay) { r.draining.Store(true) }, false, "this relay is shutting down", ""},
 		"the worse first": {func(r *testRelay) {
-			warnFiles(r.o, 1, keep(r.log, &r.instance.filesWarning))
+			warnFiles(r.o, 1, keptLog{r.log, &r.instance.filesWarning})
 			judge(split, split)(r)
 		}, false, "multi-instance deploy detected", ", the other one stops"},
 	} {
