@@ -77,7 +77,7 @@ func (a *acceptor) Accept() (net.Conn, error) {
 	switch {
 	case closed != nil:
 		return nil, net.ErrClosed
-	case err != nil: // net/http tries again after a pause where it is a want of descriptors
+	case err != nil:
 		return nil, &net.OpError{Op: "accept", Net: "tcp", Addr: a.addr, Err: os.NewSyscallError("accept4", err)}
 	}
 	return c, nil

@@ -2,7 +2,9 @@ package main
 
 import (
 	"container/list"
+	"errors"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/netip"
@@ -10,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"time"
 )
 
@@ -190,23 +193,45 @@ func parseHop(s string) (netip.Addr, bool) {
 	return a.Unmap().WithZone(""), err == nil
 }
 
-// guests is the listener of net/http. It bounds what a request may be, and keeps
-// net/http at maxWaiting connections that are no session.
+// guests is the listener of net/http. It bounds what a request may be, keeps net/http at
+// maxWaiting connections that are no session, and has it go on where a connection can't
+// be accepted.
 type guests struct {
 	net.Listener
+	log  *slog.Logger
+	said time.Time      // owned by the goroutine that accepts
 	here sync.WaitGroup // connections that net/http has
 
 	mu   sync.Mutex // guards what follows
 	line list.List  // of *guest, the longest waiting in front
 }
 
+// Accept fails for good only where the listening socket is no good. All else that
+// accept(2) has passes: descriptors, memory, a network or firewall that is in the way.
 func (l *guests) Accept() (net.Conn, error) {
 	nc, err := l.Listener.Accept()
-	if err != nil {
+	is := func(errno syscall.Errno) bool { return errors.Is(err, errno) }
+	switch {
+	case err == nil:
+		return &guest{Conn: nc}, nil
+	case errors.Is(err, net.ErrClosed), is(syscall.EBADF), is(syscall.EINVAL), is(syscall.ENOTSOCK):
 		return nil, err
+	case time.Since(l.said) >= time.Minute:
+		l.said = time.Now()
+		remedy := "see what is short on this host"
+		if is(syscall.EMFILE) || is(syscall.ENFILE) {
+			remedy = "raise the limit of open files (ulimit -n, LimitNOFILE=) or lower -max-connections"
+		}
+		l.log.Warn("accepting connections fails: newcomers wait until it is tried again", "addr", l.Addr(), "error", err, "remedy", remedy)
 	}
-	return &guest{Conn: nc}, nil
+	return nil, passingError{err}
 }
+
+// passingError has net/http try again after a pause, of a second at the most.
+type passingError struct{ error }
+
+func (passingError) Timeout() bool   { return false }
+func (passingError) Temporary() bool { return true }
 
 // follow is an http.Server's ConnState hook. A newcomer displaces the one that has
 // waited for the longest for its request to be complete, however often that has sent

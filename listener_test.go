@@ -26,6 +26,60 @@ import (
 // What comes before a request: an address that is not there yet, PROXY headers, TLS
 // and its certificate. The scenarios of conn_test.go and others run over TLS too.
 
+// ---- accepting ----
+
+// failingListener fails as accept(2) may, before each connection.
+type failingListener struct {
+	net.Listener
+	errs []error
+}
+
+func (l *failingListener) Accept() (net.Conn, error) {
+	if len(l.errs) > 0 {
+		err := l.errs[0]
+		l.errs = l.errs[1:]
+		return nil, err
+	}
+	return l.Listener.Accept()
+}
+
+// A connection that can't be accepted ends nothing, and a listening socket that is no
+// good ends the relay.
+func TestListenerAcceptFails(t *testing.T) {
+	t.Parallel()
+	for errno, ends := range map[syscall.Errno]bool{
+		syscall.EMFILE: false, syscall.ENFILE: false, syscall.ENOBUFS: false, syscall.ENOMEM: false,
+		syscall.EPERM: false, syscall.ENETDOWN: false, syscall.EHOSTUNREACH: false,
+		syscall.EBADF: true, syscall.EINVAL: true, syscall.ENOTSOCK: true,
+	} {
+		t.Run(errno.Error(), func(t *testing.T) {
+			t.Parallel()
+			r := startRelay(t, testOptions())
+			ln := onLoopback(t)
+			err := &net.OpError{Op: "accept", Net: "tcp", Addr: ln.Addr(), Err: os.NewSyscallError("accept4", errno)}
+			failed := make(chan error, 1)
+			d := openDoor(&failingListener{ln, []error{err, err, err}}, r.relay, r.relay, failed)
+			defer d.server.Close()
+			if ends {
+				select {
+				case got := <-failed:
+					if !errors.Is(got, errno) {
+						t.Errorf("ended with %v", got)
+					}
+				case <-time.After(patience):
+					t.Errorf("%v has ended nothing", err)
+				}
+				return
+			}
+			r.connect = func() (net.Conn, error) { return net.Dial("tcp", ln.Addr().String()) }
+			r.mustDial("/v2/server", binaryHeaders("home"))
+			if n := strings.Count(r.logs.String(), "accepting connections fails"); n != 1 {
+				t.Errorf("%d lines in the log, want 1", n)
+			}
+		})
+	}
+}
+
 // ---- the address ----
 
 func TestListenerAwaitsItsAddress(t *testing.T) {

@@ -241,7 +241,7 @@ type door struct {
 
 // openDoor serves h on ln for r, and reports an end other than by closing either.
 func openDoor(ln net.Listener, h http.Handler, r *relay, failed chan<- error) *door {
-	d := &door{guests: guests{Listener: ln}, shut: make(chan struct{})}
+	d := &door{guests: guests{Listener: ln, log: r.log}, shut: make(chan struct{})}
 	d.server = newServer(h, r, &d.guests)
 	go func() {
 		defer close(d.shut)

@@ -242,6 +242,37 @@ func TestProgramHeedsLimits(t *testing.T) {
 	}
 }
 
+// More connections than descriptors: the relay says so once, tries again without haste,
+// and takes newcomers as soon as it can.
+func TestProgramOutOfDescriptors(t *testing.T) {
+	t.Parallel()
+	if fileLimit() == math.MaxInt64 {
+		t.Skip("this system tells no file limit")
+	}
+	p := startShell(t, nil, "ulimit -n 40", "-rate-per-minute", "0", "-log-level", "debug").listening()
+	var all []net.Conn
+	for i := range 60 {
+		nc := p.dialTCP()
+		upgradeRequest("/v2/server", binaryHeaders(fmt.Sprint("home-", i))).Write(nc)
+		all = append(all, nc)
+	}
+	p.said("; retrying in 1s") // as net/http says
+	log := p.stderr.String()
+	if n := strings.Count(log, "accepting connections fails"); n != 1 || !strings.Contains(log, "too many open files") {
+		t.Errorf("%d warnings, want 1", n)
+	}
+	if n := strings.Count(log, "; retrying in "); n > 20 {
+		t.Errorf("%d times tried again up to a pause of a second, want 9", n)
+	}
+	for _, nc := range all[:40] {
+		nc.Close()
+	}
+	for _, nc := range all[40:] {
+		nc.SetDeadline(time.Now().Add(patience))
+		readUpgrade(t, nc)
+	}
+}
+
 // Each listener has nothing but what it is for.
 func TestProgramPages(t *testing.T) {
 	t.Parallel()
