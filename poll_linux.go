@@ -416,10 +416,7 @@ func (s *epollSocket) send(bufs [][]byte) (int, error) {
 func (s *epollSocket) unsent() bool { return s.tls != nil && s.tls.unsent() }
 
 func (s *epollSocket) closeWrite() {
-	if s.fd >= 0 {
-		if s.tls != nil {
-			s.tls.tls.CloseWrite()
-		}
+	if s.fd >= 0 && (s.tls == nil || s.tls.closeWrite()) {
 		s.loop.kernel.shutdown(s.fd, syscall.SHUT_WR)
 	}
 }
@@ -451,6 +448,7 @@ type sealed struct {
 
 	mu     sync.Mutex // guards what follows; taken after the connection's, and those of crypto/tls
 	staged *buffer    // encrypted, and not sent yet; nil for nothing
+	ending bool       // our direction of TCP ends behind staged
 }
 
 // recv decrypts what is there. What ends the stream comes again behind its last bytes.
@@ -538,6 +536,16 @@ func (t *sealed) Write(p []byte) (n int, err error) {
 	return len(p), nil
 }
 
+// closeWrite ends our direction of TLS, and reports whether that is out: else TCP's ends
+// once it is.
+func (t *sealed) closeWrite() bool {
+	t.tls.CloseWrite()
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.ending = t.staged != nil
+	return !t.ending
+}
+
 func (t *sealed) SetWriteDeadline(time.Time) error { return nil } // a Write does not wait
 
 // unsent sends what is staged, and reports whether there is more.
@@ -547,7 +555,9 @@ func (t *sealed) unsent() bool {
 	if t.staged != nil {
 		n, _ := t.sock.send([][]byte{t.staged.bytes()}) // what fails is found by the loop that reads
 		if t.staged.r += n; t.staged.r == t.staged.w {
-			t.freeLocked()
+			if t.freeLocked(); t.ending {
+				t.sock.loop.kernel.shutdown(t.sock.fd, syscall.SHUT_WR)
+			}
 		}
 	}
 	return t.staged != nil
