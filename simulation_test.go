@@ -4,11 +4,19 @@ package main
 
 import (
 	"bytes"
+	"crypto/ed25519"
+	crand "crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/binary"
+	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"math"
+	"math/big"
 	"math/rand/v2"
+	"net"
 	"net/netip"
 	"os"
 	"runtime"
@@ -16,33 +24,52 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
 )
 
-// The simulation: a relay with its epoll loop on a kernel that is a model, peers that
+// The simulation: a relay with its epoll loops on a kernel that is a model, peers that
 // know exactly what they must get, and a fake clock. One goroutine does everything,
 // and one seed decides everything, so each world can be run again.
 //
 // It draws what a kernel, a network and peers may do between two calls of the program,
-// and, where the loop has just come for bytes, what another goroutine does meanwhile.
-// It has one loop, and no requests: a connection begins behind its gates. What runs
-// side by side in earnest, and the goroutine poller, are the stress run's.
+// and, where a loop has just come for bytes, what another goroutine does meanwhile.
+// It has no requests: a connection begins behind its gates, and behind the handshake of
+// TLS. What runs side by side in earnest is the stress run's.
+//
+// The goroutine poller serves the same peers on the same sockets, whose calls wait
+// there: its goroutines go as far as they can, and then the world goes on. A calm world
+// lets each step come to its end, and has both pollers come to the same.
 
 // ---- kernel ----
 
-// simKernel is a kernel for a loop.
+// simKernel is a kernel, with the descriptors of one process.
 type simKernel struct {
 	w       *simulation
+	mu      sync.Mutex   // guards sockets where goroutines close them
 	sockets []*simSocket // by descriptor, nil where it is free
-	woken   bool
+}
+
+// simSet is an epoll set of it, with its loop.
+type simSet struct {
+	*simKernel
+	loop   *epollLoop
+	woken  bool
+	asleep bool // the loop waits
 }
 
 // simSocket is a TCP connection, seen from both ends.
 type simSocket struct {
-	peer       *simPeer
+	peer    *simPeer
+	set     *simSet    // that watches it
+	reads   *rand.Rand // of how short the relay's reads are
+	writes  *rand.Rand
+	mu      sync.Mutex // guards what follows, where goroutines serve
+	changed sync.Cond
+
 	fd         int    // -1 once the relay has closed it
 	in         []byte // the relay may receive it
 	out        []byte // sent, and not taken by the peer
@@ -66,7 +93,16 @@ func (k *simKernel) open(p *simPeer) *simSocket {
 		fd = len(k.sockets)
 		k.sockets = append(k.sockets, nil)
 	}
-	s := &simSocket{peer: p, fd: fd, inCap: 1 << (4 + k.w.rng.IntN(14)), outCap: 1 << (4 + k.w.rng.IntN(14))}
+	w := k.w
+	s := &simSocket{peer: p, fd: fd, inCap: 1 << (4 + w.noise.IntN(14)), outCap: 1 << (4 + w.noise.IntN(14)), reads: w.noise, writes: w.noise}
+	if w.calm { // the poller has as much as this kernel; while nothing is taken, both hold the same
+		s.inCap, s.outCap = 64<<10, goWriteSize
+	}
+	if w.goroutines != nil {
+		s.reads, s.writes = rand.New(rand.NewPCG(w.seed, uint64(len(w.peers)))), rand.New(rand.NewPCG(w.seed, ^uint64(len(w.peers))))
+		s.watched, s.limitation = true, p.role == roleBinary // which only a loop has to see to
+	}
+	s.changed.L = &s.mu
 	k.sockets[fd] = s
 	return s
 }
@@ -79,15 +115,15 @@ func (k *simKernel) at(call string, fd int) *simSocket {
 }
 
 func (k *simKernel) limitUnsent(fd int) { k.at("setsockopt", fd).limitation = true }
-func (k *simKernel) wake()              { k.woken = true }
+func (k *simSet) wake()                 { k.woken = true }
 func (k *simKernel) stop()              {}
 
-func (k *simKernel) watch(fd int) error {
+func (k *simSet) watch(fd int) error {
 	s := k.at("epoll_ctl", fd)
-	if k.w.chance(400) {
+	if !k.w.calm && k.w.odd(400) {
 		return syscall.ENOSPC
 	}
-	s.watched, s.ready = true, true
+	s.set, s.watched, s.ready = k, true, true
 	return nil
 }
 
@@ -119,26 +155,26 @@ func (s *simSocket) tellRoom() bool {
 }
 
 // pending is what wait has to tell of.
-func (k *simKernel) pending() (all []*simSocket) {
+func (k *simSet) pending() (all []*simSocket) {
 	for _, s := range k.sockets {
-		if s != nil && s.watched && s.ready {
+		if s != nil && s.set == k && s.ready {
 			all = append(all, s)
 		}
 	}
 	return all
 }
 
-func (k *simKernel) wait(told []syscall.EpollEvent, may, crowd bool) (n int, err error) {
+func (k *simSet) wait(told []syscall.EpollEvent, may, crowd bool) (n int, err error) {
 	w := k.w
-	if w.chance(50) {
+	if w.odd(50) {
 		return 0, syscall.EINTR
 	}
 	tell := k.pending()
-	w.rng.Shuffle(len(tell), func(i, j int) { tell[i], tell[j] = tell[j], tell[i] })
-	if len(tell) > 0 && w.chance(2) {
-		tell = tell[:1+w.rng.IntN(len(tell))]
+	w.noise.Shuffle(len(tell), func(i, j int) { tell[i], tell[j] = tell[j], tell[i] })
+	if len(tell) > 0 && w.odd(2) {
+		tell = tell[:1+w.noise.IntN(len(tell))]
 	}
-	if s := k.sockets[w.rng.IntN(len(k.sockets))]; w.chance(20) && s != nil && s.watched && !slices.Contains(tell, s) {
+	if s := k.sockets[w.noise.IntN(len(k.sockets))]; w.odd(20) && s != nil && s.set == k && !slices.Contains(tell, s) {
 		tell = append(tell, s) // for nothing
 	}
 	if k.woken {
@@ -157,7 +193,7 @@ func (k *simKernel) wait(told []syscall.EpollEvent, may, crowd bool) (n int, err
 
 func (k *simKernel) recv(fd int, p []byte) (int, error) {
 	w := k.w
-	if !w.ending && w.chance(100) { // what another goroutine does meanwhile
+	if !w.calm && !w.ending && w.chance(100) { // what another goroutine does meanwhile
 		if len(w.live) < 40 && w.chance(8) {
 			w.arrive()
 		} else {
@@ -168,31 +204,50 @@ func (k *simKernel) recv(fd int, p []byte) (int, error) {
 	switch {
 	case len(p) == 0:
 		w.fail("recv into no room")
-	case w.chance(60):
+	case w.odd(60):
 		return 0, syscall.EINTR
+	}
+	n, err := s.recv(p)
+	if err == io.EOF {
+		err = nil
+	}
+	return n, err
+}
+
+func (s *simSocket) recv(p []byte) (int, error) {
+	switch {
+	case s.fd < 0:
+		return 0, net.ErrClosed
 	case len(s.in) > 0:
 		n := min(len(p), len(s.in))
-		if w.chance(8) { // the rest arrives just now
-			n = 1 + w.rng.IntN(n)
+		if s.reads.IntN(8) == 0 { // the rest arrives just now
+			n = 1 + s.reads.IntN(n)
 			s.ready = true
 		}
 		copy(p, s.in[:n])
 		s.in = s.in[n:]
-		s.peer.heard = w.now()
+		s.peer.heard = s.peer.w.now()
 		return n, nil
 	case s.reset:
 		return 0, syscall.ECONNRESET
 	case s.ended():
-		return 0, nil
+		return 0, io.EOF
 	}
 	return 0, syscall.EAGAIN
 }
 
 func (k *simKernel) send(fd int, bufs [][]byte) (int, error) {
-	s, w := k.at("send", fd), k.w
-	switch {
-	case w.chance(60):
+	s := k.at("send", fd)
+	if k.w.odd(60) {
 		return 0, syscall.EINTR
+	}
+	return s.send(bufs)
+}
+
+func (s *simSocket) send(bufs [][]byte) (int, error) {
+	switch {
+	case s.fd < 0:
+		return 0, net.ErrClosed
 	case s.reset:
 		return 0, syscall.ECONNRESET
 	case s.outEnd:
@@ -202,9 +257,9 @@ func (k *simKernel) send(fd int, bufs [][]byte) (int, error) {
 	for _, b := range bufs {
 		total += len(b)
 	}
-	n := min(total, s.outCap-len(s.out))
-	if n > 0 && w.chance(12) { // for want of memory
-		n = 1 + w.rng.IntN(n)
+	n := max(0, min(total, s.outCap-len(s.out)))
+	if n > 0 && !s.peer.w.calm && s.writes.IntN(12) == 0 { // for want of memory
+		n = 1 + s.writes.IntN(n)
 	}
 	s.full = s.full || n < total
 	for left := n; left > 0; bufs = bufs[1:] {
@@ -226,7 +281,12 @@ func (k *simKernel) shutdown(fd, how int) {
 
 func (k *simKernel) close(fd int) {
 	s := k.at("close", fd)
-	k.sockets[fd], s.fd, s.outEnd = nil, -1, true
+	s.close()
+}
+
+func (s *simSocket) close() {
+	s.peer.w.kernel.sockets[s.fd] = nil
+	s.fd, s.outEnd = -1, true
 	if len(s.in) > 0 {
 		s.breakOff()
 	}
@@ -236,22 +296,87 @@ func (k *simKernel) close(fd int) {
 func (s *simSocket) breakOff() {
 	if !s.broken {
 		s.broken = true
-		s.out = s.out[:s.peer.w.rng.IntN(len(s.out)+1)]
+		s.out = s.out[:s.reads.IntN(len(s.out)+1)]
 	}
+}
+
+// simConn is a socket as the goroutine poller has it: its calls wait.
+type simConn struct {
+	net.Conn // none: what is called is here
+	*simSocket
+	writeBy time.Time // guarded by mu
+}
+
+func (c *simConn) Read(p []byte) (n int, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for n, err = c.recv(p); err == syscall.EAGAIN; n, err = c.recv(p) {
+		c.changed.Wait()
+	}
+	return n, err
+}
+
+func (c *simConn) Write(p []byte) (n int, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for n < len(p) {
+		k, err := c.send([][]byte{p[n:]})
+		n += k
+		switch {
+		case err == nil:
+		case err != syscall.EAGAIN:
+			return n, err
+		case !c.writeBy.IsZero() && !time.Now().Before(c.writeBy):
+			return n, os.ErrDeadlineExceeded
+		default:
+			c.changed.Wait()
+		}
+	}
+	return n, nil
+}
+
+func (c *simConn) SetWriteDeadline(t time.Time) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.writeBy = t
+	time.AfterFunc(time.Until(t), c.changed.Broadcast)
+	return nil
+}
+
+func (c *simConn) CloseWrite() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.outEnd = true
+	return nil
+}
+
+func (c *simConn) Close() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.fd >= 0 {
+		c.peer.w.kernel.mu.Lock()
+		c.close()
+		c.peer.w.kernel.mu.Unlock()
+	}
+	c.changed.Broadcast()
+	return nil
 }
 
 // ---- world ----
 
 // simulation is a world: one relay and its surroundings.
 type simulation struct {
-	rng    *rand.Rand
-	o      options
-	tiny   bool
-	r      *relay
-	loop   *epollLoop
-	kernel *simKernel
-	batch  *writeBatch // the sweep's
-	asleep bool        // the loop waits
+	simPlan
+	rng        *rand.Rand // of what peers do
+	noise      *rand.Rand // of what the kernel does: the same, but in a calm world
+	o          options
+	r          *relay
+	kernel     *simKernel
+	sets       []*simSet   // of its loops
+	goroutines *goPoller   // nil for loops
+	batch      *writeBatch // the sweep's
+	arriving   *simPeer
+	calmBytes  int // that the step under way may still send in a calm world, without filling a buffer on the way
 
 	homes   []*simHome
 	peers   []*simPeer // in order of arrival
@@ -261,13 +386,15 @@ type simulation struct {
 	step    int
 	frames  int
 	reasons [closeReasonCount]int
-	trace   *logBuffer // nil for none
+	named   [evidenceCount + 1]bool // ids that daemons have named: what they may be evidence of
+	trace   *logBuffer              // nil for none
 }
 
 // simHome is a server-id.
 type simHome struct {
 	id     string
-	probe  bool // the relay's own check has it, for which there is no grace
+	probe  bool    // the relay's own check has it, for which there is no grace
+	set    *simSet // of the loop that serves it
 	holder *simPeer
 	freed  int64 // relay clock of the last holder's end
 	held   bool  // by anybody, ever
@@ -287,49 +414,140 @@ func (w *simulation) log(format string, args ...any) {
 }
 
 func (w *simulation) chance(n int) bool { return w.rng.IntN(n) == 0 }
+func (w *simulation) odd(n int) bool    { return w.noise.IntN(n) == 0 }
 func (w *simulation) now() int64        { return w.r.now() }
 
 // size is mostly small, and sometimes the largest that there may be.
 func (w *simulation) size() int {
-	return w.rng.IntN(1 + min(w.o.maxFrame-1000, 1<<(2+w.rng.IntN(17))))
+	n := w.rng.IntN(1 + min(w.o.maxFrame-1000, 1<<(2+w.rng.IntN(17))))
+	if w.calm {
+		n = min(n, w.calmBytes)
+		w.calmBytes -= n
+	}
+	return n
 }
 
-// simLimits make a world smaller than its seed alone would.
-type simLimits struct{ steps, homes int }
-
-func newSimulation(seed uint64, lim simLimits, trace *logBuffer) (w *simulation, steps int) {
-	w = &simulation{rng: rand.New(rand.NewPCG(seed, 0)), o: testOptions(), byID: map[string]*simPeer{}, trace: trace}
-	w.tiny = w.chance(3)
-	if w.tiny {
-		w.o.maxFrame, w.o.queue, w.o.queueTotal = 4<<10<<w.rng.IntN(4), 8<<10<<w.rng.IntN(5), 256<<10<<w.rng.IntN(3)
-		w.o.maxPhones = 1 + w.rng.IntN(4)
+// quiet waits until the relay's goroutines have done all that they can. Each call of the
+// world's own goroutine that gives them something to do is followed by it: else that
+// would look at the model while they change it.
+func (w *simulation) quiet() {
+	if w.goroutines != nil {
+		synctest.Wait()
 	}
+}
+
+// served is for the moment at which goroutines may have done something.
+func (w *simulation) served() {
+	if w.goroutines != nil {
+		w.judge()
+	}
+}
+
+// simPlan says which world it is, and how much of it.
+type simPlan struct {
+	seed         uint64
+	steps, homes int    // less than its seed alone would make
+	poller       string // or "goroutines", in place of loops
+	calm         bool
+}
+
+func wholeWorld(seed uint64) simPlan {
+	return simPlan{seed: seed, steps: math.MaxInt, homes: math.MaxInt, poller: "epoll"}
+}
+
+// String is the plan as parseWorld reads it.
+func (p simPlan) String() string {
+	s := fmt.Sprint(p.seed)
+	if p.steps < math.MaxInt {
+		s += fmt.Sprintf(",%d,%d", p.steps, p.homes)
+	}
+	if s += "," + p.poller; p.calm {
+		s += ",calm"
+	}
+	return s
+}
+
+func newSimulation(plan simPlan, trace *logBuffer) (w *simulation, steps int) {
+	w = &simulation{simPlan: plan, rng: rand.New(rand.NewPCG(plan.seed, 0)), o: testOptions(), byID: map[string]*simPeer{}, trace: trace}
+	if w.noise = w.rng; plan.calm {
+		w.noise = rand.New(rand.NewPCG(plan.seed, 1))
+	}
+	if w.chance(3) { // tiny limits
+		w.o.maxFrame, w.o.queue, w.o.queueTotal = 4<<10<<w.rng.IntN(4), 8<<10<<w.rng.IntN(5), 256<<10<<w.rng.IntN(3)
+		w.o.maxPhones, w.o.maxConnections = 1+w.rng.IntN(4), 4+w.rng.IntN(40)
+	}
+	if w.chance(4) { // and short times
+		for _, d := range [...]*time.Duration{&w.o.ping, &w.o.messageTimeout, &w.o.writeTimeout, &w.o.closeTimeout, &w.o.grace, &w.o.challengeTimeout} {
+			*d = time.Second + time.Duration(w.rng.Int64N(int64(*d)))
+		}
+	}
+	if plan.calm { // what is held at one moment, or is about to leave, is not the same for both
+		w.o.queueTotal, w.o.maxConnections = testOptions().queueTotal, testOptions().maxConnections
+	}
+	w.o.checkPace.over = 10 * time.Second
+	w.o.checkPace.skew = time.Until(historyStart.AddDate(26, 0, 0)) // no clock of relays says that it is 2000
 	w.o.logLevel = logOff
 	log := slog.New(slog.DiscardHandler)
 	if trace != nil {
 		w.o.logLevel = slog.LevelDebug
 		log = newLogger(trace, w.o)
 	}
-	w.r = makeRelay(w.o, newIdentity(time.Now()), buildVersion{"sim", "unknown", runtime.Version()}, new(instanceState), new(probeKeys), log)
+	id := identity{"00000000000000aa", time.Now().Add(w.o.checkPace.skew)}
+	w.r = makeRelay(w.o, id, buildVersion{"sim", "unknown", runtime.Version()}, new(instanceState), new(probeKeys), log)
+	time.Sleep(time.Nanosecond) // no relay has a peer before it is any age
 	w.kernel = &simKernel{w: w}
-	w.loop = makeEpollLoop(w.r, w.kernel)
-	w.loop.buf = w.loop.buf[:64<<w.rng.IntN(11)] // a small one makes every frame a large one
-	w.r.loops = []poller{w.loop}
+	room := 64 << w.rng.IntN(11) // a small one makes every frame a large one
+	if loops := 1 + w.rng.IntN(2); plan.poller == "epoll" {
+		for range loops {
+			k := &simSet{simKernel: w.kernel}
+			k.loop = makeEpollLoop(w.r, k)
+			k.loop.buf = k.loop.buf[:room]
+			w.sets = append(w.sets, k)
+		}
+	} else {
+		w.goroutines = newGoPoller(w.r)
+	}
+	w.r.loops = []poller{w}
 	w.batch = w.r.newBatch()
-	for i := range min(1+w.rng.IntN(3), lim.homes) {
+	if w.chance(50) { // so many have been here that the oldest are forgotten
+		for i := range maxRecentClaims {
+			w.r.registry.recent.note(fmt.Sprint("old-", i), int64(i+1))
+		}
+	}
+	for i := range min(1+w.rng.IntN(3), plan.homes) {
 		h := &simHome{id: fmt.Sprint("home-", i), probe: w.chance(20)}
 		if w.chance(20) {
 			h.id = fmt.Sprint(probePrefix, i)
 		}
+		if n := w.rng.IntN(2); w.goroutines == nil {
+			h.set = w.sets[n%len(w.sets)]
+		}
 		w.homes = append(w.homes, h)
 	}
-	return w, min(50+w.rng.IntN(400), lim.steps)
+	return w, min(50+w.rng.IntN(400), plan.steps)
 }
+
+// bind is poller's: it chooses the loop of a server-id by the seed, and not by a hash
+// that is another one in each process.
+func (w *simulation) bind(c *conn, nc net.Conn) error {
+	if w.goroutines != nil {
+		return w.goroutines.bind(c, nc)
+	}
+	return w.arriving.home.set.loop.bind(c, nc)
+}
+
+func (w *simulation) turned() bool { return true }
+func (w *simulation) stop()        {}
 
 // run is a whole world, up to the relay's end.
 func (w *simulation) run(steps int) {
 	for w.step = range steps {
+		w.calmBytes = goWriteSize / 2
 		w.act()
+		if w.calm {
+			w.pump()
+		}
+		w.judge()
 		w.check()
 	}
 	w.settle()
@@ -341,12 +559,15 @@ func (w *simulation) act() {
 	switch x := w.rng.IntN(100); {
 	case p == nil || x < 6:
 		w.arrive()
+	case x < 50 && w.calm: // the step's end moves all
 	case x < 30:
 		p.push(1 + w.rng.IntN(1<<w.rng.IntN(18)))
 	case x < 50:
 		p.take(1 + w.rng.IntN(1<<w.rng.IntN(18)))
+	case x < 65 && w.goroutines != nil:
+		w.quiet()
 	case x < 65:
-		w.turn()
+		w.turn(w.sets[w.noise.IntN(len(w.sets))])
 	case x < 85:
 		p.act()
 	case x < 90:
@@ -360,14 +581,19 @@ func (w *simulation) act() {
 		d := 2*time.Second + time.Duration(w.rng.IntN(90_000))*time.Millisecond
 		w.log("the process stands still for %v", d)
 		time.Sleep(d)
+		w.quiet()
 	}
 }
 
 func (w *simulation) anyPeer() *simPeer {
-	if len(w.live) == 0 {
+	among := w.live
+	if w.calm { // when an end is over is the poller's affair
+		among = slices.DeleteFunc(slices.Clone(among), func(p *simPeer) bool { return p.reason != endNone })
+	}
+	if len(among) == 0 {
 		return nil
 	}
-	return w.live[w.rng.IntN(len(w.live))]
+	return among[w.rng.IntN(len(among))]
 }
 
 // sweep is the relay's, in an order that the seed decides.
@@ -385,24 +611,27 @@ func (w *simulation) sweep() {
 	w.judge()
 }
 
-// turn is the loop's, unless it sleeps and nothing has happened.
-func (w *simulation) turn() bool {
-	idle := w.asleep
-	if !w.asleep {
-		idle, _ = w.loop.idle()
-		w.asleep = idle
+// turn is a loop's, unless it sleeps and nothing has happened.
+func (w *simulation) turn(k *simSet) bool {
+	idle := k.asleep
+	if !k.asleep {
+		idle, _ = k.loop.idle()
+		k.asleep = idle
 	}
-	if idle && !w.kernel.woken && len(w.kernel.pending()) == 0 {
-		w.checkSleep()
+	if idle && !k.woken && len(k.pending()) == 0 {
+		if n := len(k.loop.inbox); n > 0 {
+			w.fail("the loop sleeps, and was not woken for %d connections", n)
+		}
+		w.checkSleep(k)
 		return false
 	}
-	w.loop.turn(idle)
-	w.asleep = false
+	k.loop.turn(idle)
+	k.asleep = false
 	w.judge()
 	return true
 }
 
-// pump lets the network and the loop go on until nothing moves.
+// pump lets the network and the relay go on until nothing moves.
 func (w *simulation) pump() {
 	for moved := true; moved; {
 		moved = false
@@ -413,7 +642,12 @@ func (w *simulation) pump() {
 			}
 			moved = p.sock.tellRoom() || moved
 		}
-		moved = w.turn() || moved
+		for _, k := range w.sets {
+			moved = w.turn(k) || moved
+		}
+	}
+	if w.goroutines != nil {
+		w.checkSleep(nil)
 	}
 	for _, p := range w.live {
 		answered := p.flaw == endNone || p.flaw == p.reason // else its answer could not be told from the rest
@@ -429,6 +663,7 @@ func (w *simulation) advance(d time.Duration) {
 	w.log("%v pass", d)
 	for w.pump(); d > 0; d -= mostLate {
 		time.Sleep(min(d, mostLate))
+		w.quiet()
 		for _, p := range slices.Clone(w.live) {
 			p.tick()
 		}
@@ -453,8 +688,13 @@ func (w *simulation) arrive() {
 	now := w.now()
 	p := &simPeer{w: w, role: role, home: h, id: fmt.Sprintf("%s-%d", role, len(w.peers)), flaw: endNone, reason: endNone,
 		arrived: now, heard: now, took: now}
-	if w.r.enter(role) != nil {
-		w.fail("no room for a connection")
+	p.rng = rand.New(rand.NewPCG(w.rng.Uint64(), 0))
+	full := w.r.count(roleBinary)+w.r.count(rolePhone) >= w.o.maxConnections
+	if refused := w.r.enter(role) != nil; refused != full {
+		w.fail("no room for a connection: %v; the relay is full: %v", refused, full)
+	}
+	if full {
+		return
 	}
 	p.sock = w.kernel.open(p)
 	from := caller{role: role, serverID: h.id, addr: netip.MustParseAddr("192.0.2.1"), probe: h.probe}
@@ -465,6 +705,13 @@ func (w *simulation) arrive() {
 	}
 	first := p.send[:w.rng.IntN(len(p.send)+1)]
 	p.send = p.send[len(first):]
+	var nc net.Conn = &accepted{fd: p.sock.fd}
+	if w.goroutines != nil {
+		nc = &simConn{simSocket: p.sock}
+	}
+	if secure := w.chance(12); secure && !w.calm {
+		nc, first = p.secure(nc, first)
+	}
 	w.peers, w.live, w.byID[p.id] = append(w.peers, p), append(w.live, p), p
 	want := endNone
 	switch {
@@ -479,7 +726,9 @@ func (w *simulation) arrive() {
 		p.joined, p.daemon = true, h.holder
 	}
 	w.log("%s comes to %s, with %d bytes", p.id, h.id, len(first))
-	w.r.begin(p.s, from, &accepted{fd: p.sock.fd}, bytes.Clone(first), []byte(simAnswer))
+	w.arriving = p
+	w.r.begin(p.s, from, nc, bytes.Clone(first), []byte(simAnswer))
+	w.quiet()
 	// What is left of an answer has to fit, where the socket does not take it whole.
 	if got := p.s.endReason; got != want && got != endMemoryLimit && !p.unwatched() {
 		w.fail("%s was refused for %q, want %q", p.id, got, want)
@@ -492,6 +741,7 @@ func (w *simulation) arrive() {
 
 // judge holds what has changed in the relay against what was done to it.
 func (w *simulation) judge() {
+	w.quiet()
 	after := make([]*simPeer, len(w.homes))
 	for i, h := range w.homes {
 		v, ok := w.r.registry.servers.Load(h.id)
@@ -502,6 +752,11 @@ func (w *simulation) judge() {
 			after[i] = w.byID[v.(*server).binary.id]
 			for id := range v.(*server).phones {
 				w.byID[id].daemon = after[i]
+			}
+			for _, p := range w.live { // and those that ended just behind its claim
+				if p.home == h && p.joined && p.daemon == nil && p.reason == endNone {
+					p.daemon = after[i]
+				}
 			}
 		}
 	}
@@ -543,6 +798,9 @@ func (w *simulation) check() {
 				held += len(k.b)
 			}
 		}
+		if e, ok := s.sock.(*epollSocket); ok && e.tls != nil && e.tls.staged != nil {
+			held += len(e.tls.staged.b)
+		}
 		chain(s.out.head)
 		bound := w.o.queue + 1<<12 // control frames
 		if p.role == roleBinary {
@@ -566,20 +824,26 @@ func (w *simulation) check() {
 	}
 }
 
-// checkSleep is for the moment in which the loop sleeps, and nothing will wake it that
-// has happened: whatever waits has to wait for something.
-func (w *simulation) checkSleep() {
-	if n := len(w.loop.inbox); n > 0 {
-		w.fail("the loop sleeps, and was not woken for %d connections", n)
-	}
+// checkSleep is for the moment in which a loop sleeps, or all goroutines, and nothing
+// will wake it that has happened: whatever waits has to wait for something.
+func (w *simulation) checkSleep(set *simSet) {
 	for _, p := range w.live {
 		s, k := p.s, p.sock
+		staged, writes := false, k.full || k.ready
+		switch at := s.sock.(type) {
+		case *epollSocket:
+			staged = at.tls != nil && at.tls.staged != nil
+		case *goSocket:
+			staged = at.inFlight+len(at.staged) > 0
+			writes = at.writing
+		}
 		switch {
-		case s.is(connClosed):
+		case k.set != set, s.is(connClosed):
+			continue
 		case !s.paused.Load():
-			owes := s.closeHeard && s.out.n > 0
-			if k.watched && (len(k.in) > 0 || k.ended() && !owes) {
-				w.fail("%s has %d bytes to read, ended %v, and the loop sleeps", p, len(k.in), k.ended())
+			owes := s.closeHeard && (s.out.n > 0 || staged)
+			if k.watched && k.fd >= 0 && (len(k.in) > 0 || k.ended() && !owes) {
+				w.fail("%s has %d bytes to read, ended %v, and nothing reads them", p, len(k.in), k.ended())
 			}
 		case !s.is(connOpen):
 			w.fail("%s is paused past its end", p)
@@ -590,7 +854,7 @@ func (w *simulation) checkSleep() {
 		case s.server.binary != nil || !slices.Contains(s.server.waiters, &s.conn):
 			w.fail("%s is forgotten: it waits for a binary to come", p)
 		}
-		if s.out.n > 0 && !s.failed && !s.is(connClosed) && (s.blockedSince == 0 || !k.full && !k.ready) {
+		if s.out.n > 0 && s.blockedSince == 0 && !s.failed || (s.out.n > 0 || staged) && !s.failed && !writes {
 			w.fail("%d bytes wait for %s, and nothing will send them", s.out.n, p)
 		}
 	}
@@ -629,9 +893,30 @@ func (w *simulation) settle() {
 	for _, p := range w.live {
 		p.slow = 0
 	}
-	w.advance(3 * w.o.ping)
+	w.advance(2*w.o.ping + max(30*time.Second, w.o.writeTimeout+4*w.o.closeTimeout+w.o.grace))
 	for _, p := range w.peers {
 		p.checkSettled()
+	}
+	w.checkEvidence()
+}
+
+// checkEvidence holds what the relay says of others against what daemons have told it.
+func (w *simulation) checkEvidence() {
+	found := w.r.others.verdict(w.r.age())
+	for e := range evidenceCount {
+		n := w.r.metrics.splitSeen[e].Load()
+		if n > 0 && !w.named[e] || n > 0 && found > e || n == 0 && found == e {
+			w.fail("%d times a second relay was %v, and %v is said; a daemon has told of one: %v", n, e, found, w.named)
+		}
+	}
+	for id := range w.r.others.seen {
+		if id > simOthers {
+			w.fail("relay %x is remembered, of which nobody has told", id)
+		}
+	}
+	t, ok := parseConnTag([]byte(w.r.newConnID()))
+	if _, seen := w.r.others.seen[t.after]; !ok || t.relay != w.r.me || seen != (t.after != 0) || len(w.r.others.seen) > maxOthers {
+		w.fail("a new id says %+v, and %d relays are known", t, len(w.r.others.seen))
 	}
 }
 
@@ -644,32 +929,40 @@ func (w *simulation) drain() {
 		for _, p := range slices.Clone(w.live) {
 			if p.role == role && !p.s.is(connClosed) {
 				p.s.startClose(w.batch, endShutdown)
+				w.quiet()
 			}
 		}
 		w.batch.flush()
 		w.judge()
 		w.advance(time.Duration(w.rng.IntN(3000)) * time.Millisecond)
 	}
-	for _, p := range w.live {
+	for _, p := range slices.Clone(w.live) {
 		if !p.s.is(connClosed) {
 			p.s.fail()
+			w.quiet()
 		}
 	}
 	w.pump()
 	w.r.registry.expire(w.batch, math.MaxInt64)
 	w.batch.flush()
+	w.quiet()
 	w.check()
 	w.r.registry.servers.Range(func(id, _ any) bool { w.fail("server-id %v is left", id); return false })
-	w.loop.mu.Lock()
-	w.loop.stopping = true
-	w.loop.mu.Unlock()
-	if _, stop := w.loop.idle(); !stop {
-		w.fail("the loop does not end: %d connections", w.loop.live)
+	for _, k := range w.sets {
+		k.loop.mu.Lock()
+		k.loop.stopping = true
+		k.loop.mu.Unlock()
+		if _, stop := k.loop.idle(); !stop {
+			w.fail("the loop does not end: %d connections", k.loop.live)
+		}
 	}
 	for _, s := range w.kernel.sockets {
 		if s != nil {
 			w.fail("the descriptor of %s is open", s.peer)
 		}
+	}
+	if w.goroutines != nil {
+		w.goroutines.stop()
 	}
 	if n := w.r.buffers.budget.used(); n != 0 || len(w.r.sessions) != 0 {
 		w.fail("%d bytes and %d sessions are left", n, len(w.r.sessions))
@@ -689,20 +982,24 @@ type simPeer struct {
 	id      string // conn_id
 	s       *session
 	sock    *simSocket
-	arrived int64 // relay clock, as the following
-	heard   int64 // the relay received something
-	took    int64 // it took something
-	busy    int64 // bytes waited for it, or it for its binary
-	halfAt  int64 // it left a message unfinished, 0 if it did not
-	ended   int64 // the relay ended it, 0 if it did not
+	rng     *rand.Rand // of how it answers
+	arrived int64      // relay clock, as the following
+	heard   int64      // the relay received something
+	took    int64      // it took something
+	busy    int64      // bytes waited for it, or it for its binary
+	halfAt  int64      // it left a message unfinished, 0 if it did not
+	ended   int64      // the relay ended it, 0 if it did not
 
 	// Its end of the wire.
+	tls      *tls.Conn // nil for none
+	sealed   *simSealed
 	send     []byte // the network has not taken it
 	sendEnd  bool   // FIN is behind send
 	got      []byte // not parsed
 	upgraded bool
 	closed   bool     // it has got a close frame
 	over     bool     // the network has told of the end
+	taken    int      // frames
 	pings    []string // without an answer
 
 	// How it behaves.
@@ -753,26 +1050,31 @@ func (p *simPeer) fail(format string, args ...any) { p.w.fail(p.id+": "+format, 
 // push hands bytes to the network.
 func (p *simPeer) push(most int) bool {
 	k := p.sock
-	n := min(most, len(p.send), k.inCap-len(k.in))
+	send := p.outbox(most)
+	n := min(most, len(*send), k.inCap-len(k.in))
+	k.mu.Lock()
+	defer p.w.served()
+	defer k.mu.Unlock()
 	switch {
 	case k.reset:
 		return false
 	case k.fd < 0: // what comes behind the relay's end is answered with a reset
-		if len(p.send) > 0 {
+		if len(*send) > 0 {
 			k.breakOff()
-			p.send = nil
+			*send, p.send = nil, nil
 		}
 		return false
 	case n > 0:
-		k.in = append(k.in, p.send[:n]...)
-		p.send = p.send[n:]
-	case len(p.send) == 0 && p.sendEnd && !k.inEnd:
+		k.in = append(k.in, (*send)[:n]...)
+		*send = (*send)[n:]
+	case len(*send) == 0 && len(p.send) == 0 && p.sendEnd && !k.inEnd:
 		k.inEnd = true
 		p.w.log("%s: FIN", p)
 	default:
 		return false
 	}
 	k.ready = true
+	k.changed.Broadcast()
 	return true
 }
 
@@ -782,20 +1084,30 @@ func (p *simPeer) take(most int) bool {
 	if p.over {
 		return false
 	}
-	if n := min(most, len(k.out)); n > 0 {
-		p.got = append(p.got, k.out[:n]...)
-		k.out = k.out[n:]
+	k.mu.Lock()
+	n := min(most, len(k.out))
+	taken := slices.Clone(k.out[:n])
+	k.out = k.out[n:]
+	k.changed.Broadcast()
+	k.mu.Unlock()
+	if n > 0 {
 		p.took = p.w.now()
 		k.tellRoom()
+		p.open(taken)
 		p.parse()
+		p.w.served()
 		return true
 	}
 	if !k.outEnd && !k.broken {
 		return false
 	}
+	if p.tls != nil && p.closed && p.reason == endPeerClosed && !p.sealed.said && !p.sealed.ended && !p.stuck {
+		p.fail("the relay has ended TCP, and not TLS")
+	}
 	p.over, p.done, p.sendEnd = true, true, true
 	p.w.log("%s: the end", p)
-	slow := p.slow > 0 && !p.wasDeaf && !p.mute && k.outCap <= 8*p.slow // it has all before the relay has waited long enough
+	ticks := int(p.w.o.writeTimeout / mostLate * 2 / 5)
+	slow := p.slow > 0 && !p.wasDeaf && !p.mute && p.room() <= ticks*p.slow // it has all before the relay has waited long enough
 	if !p.closed && !p.lost && (!p.stuck || slow) && !p.unwatched() && !p.w.ending && p.reason != endMemoryLimit {
 		p.fail("ended for %q without a close frame", p.reason)
 	}
@@ -839,6 +1151,7 @@ func (p *simPeer) parse() {
 				p.fail("got %.60q, and %d other frames were sent", payload, len(p.down))
 			}
 			p.down = p.down[1:]
+			p.taken++
 		case first == last|opPing:
 			if !p.mute && !p.done {
 				p.send = append(p.send, clientFrame(last, opPong, payload)...)
@@ -876,6 +1189,7 @@ func (p *simPeer) takeEnvelope(text []byte) {
 			p.fail("got %.60q, and %d other messages were sent", text, len(ph.up))
 		}
 		ph.up = ph.up[1:]
+		p.taken++
 		p.w.frames++
 	default:
 		if want := fmt.Sprintf(`"close_code":%d}`, ph.code); string(rest) != want {
@@ -917,7 +1231,7 @@ func (p *simPeer) takeClose(payload []byte) {
 		p.send = append(p.send, clientFrame(last, opClose, payload[:min(len(payload), 2)])...)
 	}
 	// A client should leave it to the server to end TCP (RFC 6455 §7.1.1).
-	p.done, p.sendEnd = true, p.sendEnd || p.halfAt != 0 || p.w.chance(2)
+	p.done, p.sendEnd = true, p.sendEnd || p.halfAt != 0 || p.rng.IntN(2) == 0
 }
 
 func (p *simPeer) unwatched() bool { return !p.sock.watched }
@@ -942,7 +1256,8 @@ func (p *simPeer) judge(holder *simPeer) {
 	case endMessageTimeout:
 		ok = p.halfAt != 0 && since(p.halfAt, o.messageTimeout)
 	case endWriteTimeout:
-		ok = since(p.took, o.writeTimeout) && p.stuck
+		// Of a record of TLS the relay sees only that it is out.
+		ok = (p.tls != nil || p.w.goroutines != nil || since(p.took, o.writeTimeout)) && p.stuck
 	case endBacklogFull:
 		n := len(p.sock.out)
 		for _, frame := range p.down {
@@ -1070,6 +1385,16 @@ func (p *simPeer) say() {
 		p.write(fmt.Appendf(nil, `{"conn_id":%q,"frame":"not yours","close_code":4401}`, other.id))
 		return
 	}
+	if w.chance(30) {
+		many := 1
+		if w.chance(20) { // more than are remembered
+			many = 2 * maxOthers
+		}
+		for range many {
+			p.write(fmt.Appendf(nil, `{"conn_id":%q,"frame":null,"close_code":4401}`, p.foreignID()))
+		}
+		return
+	}
 	if len(mine) == 0 || w.chance(20) {
 		bad := []string{`[]`, `{"frame":1}`, `{"conn_id":"nobody","frame":1}`, `{"conn_id":"x","close_code":1005}`, `{"push_wake":{}}`}
 		p.write([]byte(bad[w.rng.IntN(len(bad))]))
@@ -1091,11 +1416,45 @@ func (p *simPeer) say() {
 	p.write(fmt.Appendf(nil, `{"frame":%s,"conn_id":%q}`, message, ph.id))
 }
 
+// simOthers is how many other relays daemons may tell of.
+const simOthers = 2 * maxOthers
+
+// foreignID is the conn_id of a phone that the daemon had at another relay, or none.
+func (p *simPeer) foreignID() string {
+	w, r := p.w, p.w.r
+	if w.chance(5) {
+		return []string{"", "a", strings.Repeat("*", 54), strings.Repeat("x", 64)}[w.rng.IntN(4)]
+	}
+	age, now := uint32(w.rng.IntN(1+int(r.age()/time.Second))), uint32(r.date())
+	t := connTag{relay: 1 + w.rng.Uint64N(simOthers), minted: now, age: age}
+	e := evidenceCount
+	switch w.rng.IntN(8) {
+	case 0:
+		t.relay = r.me
+	case 1:
+		e, t.after = evidenceCertain, r.me
+	case 2: // while this relay was there, by a clock that is as wrong as it may be
+		e, t.relay, t.minted = evidenceSuspected, 1, now+clockTolerance
+	case 3:
+		if w.chance(50) { // by a clock that is wrong for sure
+			t.minted = now + 2*clockTolerance
+		}
+	case 4:
+		t.minted, t.age = now-100_000, 1<<20
+	}
+	if !p.home.probe {
+		w.named[e] = true
+	}
+	return newConnID(t)
+}
+
 // act is what a peer does of its own.
 func (p *simPeer) act() {
 	w := p.w
 	if p.deaf && w.chance(3) {
-		p.deaf = false
+		if p.listen(true); w.calm {
+			w.pump()
+		}
 	}
 	if p.done || p.mute {
 		return
@@ -1110,8 +1469,11 @@ func (p *simPeer) act() {
 		p.ping()
 		return
 	case x < 84:
-		p.deaf, p.wasDeaf, p.stuck = true, true, true
+		p.wasDeaf, p.stuck = true, true
+		p.listen(false)
 		w.log("%s takes nothing", p)
+		return
+	case x < 87 && w.calm: // how much it has taken is the poller's affair
 		return
 	case x < 87:
 		p.slow, p.stuck = 1<<(5+w.rng.IntN(8)), true
@@ -1141,7 +1503,10 @@ func (p *simPeer) act() {
 		w.log("%s ends TCP", p)
 	case x < 7:
 		p.send, p.lost, p.over = nil, true, true
+		p.sock.mu.Lock()
 		p.sock.reset, p.sock.ready, p.sock.out = true, true, nil
+		p.sock.changed.Broadcast()
+		p.sock.mu.Unlock()
 		w.log("%s breaks TCP", p)
 		w.judge()
 	case x < 8:
@@ -1160,43 +1525,196 @@ func (p *simPeer) act() {
 	}
 }
 
+// listen has p take what comes, or nothing.
+func (p *simPeer) listen(on bool) {
+	p.deaf = !on
+	if p.w.calm && p.w.goroutines != nil { // what a loop's socket holds is with the poller
+		p.sock.mu.Lock()
+		p.sock.outCap = 0
+		if on {
+			p.sock.outCap = goWriteSize
+		}
+		p.sock.changed.Broadcast()
+		p.sock.mu.Unlock()
+		p.w.served()
+	}
+}
+
+// room is what the relay's end may hold of what is sent to p without seeing how much it takes.
+func (p *simPeer) room() int {
+	n := p.sock.outCap
+	if p.tls != nil {
+		n += 2 * maxRecord
+	}
+	if p.w.goroutines != nil {
+		n += goWriteSize
+	}
+	return n
+}
+
 // tick is what half a second brings.
 func (p *simPeer) tick() {
 	if p.slow > 0 {
 		p.take(p.slow)
 	}
-	if len(p.rest) > 1 && p.w.chance(3) {
+	if len(p.rest) > 1 && p.rng.IntN(3) == 0 {
 		p.send, p.rest = append(p.send, p.rest[0]), p.rest[1:]
+	}
+}
+
+// ---- a peer's TLS ----
+
+// simTLS is the relay's side, as its entrance has it. Keys of 32 bytes and no tickets
+// make a handshake cheap, and each as long as the next.
+var simTLS = sync.OnceValue(func() *tls.Config {
+	public, key, err := ed25519.GenerateKey(crand.Reader)
+	c := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: historyStart.AddDate(100, 0, 0)}
+	der, err2 := x509.CreateCertificate(crand.Reader, c, c, public, key)
+	if err := errors.Join(err, err2); err != nil {
+		panic(err)
+	}
+	return &tls.Config{
+		Certificates: []tls.Certificate{{Certificate: [][]byte{der}, PrivateKey: key}}, CurvePreferences: []tls.CurveID{tls.X25519},
+		SessionTicketsDisabled: true, DynamicRecordSizingDisabled: true,
+	}
+})
+
+// simSealed is what a peer's crypto/tls has in place of a connection.
+type simSealed struct {
+	net.Conn        // of the handshake, and nil behind it
+	in       []byte // not decrypted
+	out      []byte // the network has not taken it
+	ended    bool   // the relay's TLS is over
+	said     bool   // the peer's is
+}
+
+func (s *simSealed) Read(p []byte) (int, error) {
+	switch {
+	case s.Conn != nil:
+		return s.Conn.Read(p)
+	case len(s.in) == 0:
+		return 0, os.ErrDeadlineExceeded
+	}
+	n := copy(p, s.in)
+	s.in = s.in[n:]
+	return n, nil
+}
+
+func (s *simSealed) Write(p []byte) (int, error) {
+	if s.Conn != nil {
+		return s.Conn.Write(p)
+	}
+	s.out = append(s.out, p...)
+	return len(p), nil
+}
+
+func (s *simSealed) SetWriteDeadline(time.Time) error { return nil }
+
+// secure puts TLS on a connection, whose handshake is done at once. Of first, which the
+// peer has sent behind its request, net/http gets a part, and the relay's crypto/tls has
+// read more.
+func (p *simPeer) secure(nc net.Conn, first []byte) (net.Conn, []byte) {
+	w := p.w
+	near, far := net.Pipe()
+	p.sealed = &simSealed{Conn: near}
+	config := &tls.Config{InsecureSkipVerify: true, CurvePreferences: []tls.CurveID{tls.X25519}, DynamicRecordSizingDisabled: true}
+	if config.MaxVersion = tls.VersionTLS13; w.chance(3) {
+		config.MaxVersion = tls.VersionTLS12
+	}
+	p.tls = tls.Client(p.sealed, config)
+	under := &wire{Conn: far, left: maxHelloBytes}
+	server := &tlsConn{Conn: tls.Server(under, simTLS()), wire: under, relay: w.r}
+	done := make(chan error)
+	go func() { done <- server.handshake() }()
+	if err := errors.Join(p.tls.Handshake(), <-done); err != nil {
+		p.fail("TLS: %v", err)
+	}
+	p.sealed.Conn = nil
+	for len(first) > 0 {
+		n := 1 + w.rng.IntN(len(first))
+		p.tls.Write(first[:n])
+		first = first[n:]
+	}
+	ahead := &simSealed{in: p.sealed.out[:w.rng.IntN(len(p.sealed.out)+1)]}
+	p.sealed.out = p.sealed.out[len(ahead.in):]
+	under.Conn = ahead
+	got := make([]byte, 1+w.rng.IntN(5000))
+	n, _ := server.Read(got)
+	p.sealed.out = append(ahead.in, p.sealed.out...) // crypto/tls had no room for it
+	under.Conn = nc
+	return server, got[:n]
+}
+
+// outbox is what p has for the network, most bytes of it sealed by now.
+func (p *simPeer) outbox(most int) *[]byte {
+	if p.tls == nil {
+		return &p.send
+	}
+	if s := p.sealed; len(s.out) == 0 && !s.said {
+		if n := min(most, len(p.send)); n > 0 {
+			p.tls.Write(p.send[:n])
+			p.send = p.send[n:]
+		} else if p.sendEnd && !p.sock.inEnd && (!p.lost || p.rng.IntN(2) == 0) { // else it ends TCP alone
+			s.said = true
+			p.tls.CloseWrite()
+		}
+	}
+	return &p.sealed.out
+}
+
+// open takes what has arrived out of its seal.
+func (p *simPeer) open(b []byte) {
+	if p.tls == nil {
+		p.got = append(p.got, b...)
+		return
+	}
+	p.sealed.in = append(p.sealed.in, b...)
+	for err := error(nil); err == nil; {
+		var n int
+		room := make([]byte, maxRecord)
+		n, err = p.tls.Read(room)
+		p.got = append(p.got, room[:n]...)
+		if p.sealed.ended = err == io.EOF; err != nil && err != io.EOF && err != os.ErrDeadlineExceeded {
+			p.fail("TLS: %v", err)
+		}
 	}
 }
 
 // ---- runs ----
 
 // simulate runs a world, and returns what fails in it, and at which step.
-func simulate(seed uint64, lim simLimits, trace *logBuffer) (w *simulation, failure string) {
-	w, steps := newSimulation(seed, lim, trace)
+func simulate(plan simPlan, trace *logBuffer) (w *simulation, failure string) {
+	w, steps := newSimulation(plan, trace)
 	defer func() {
 		switch v := recover().(type) {
 		case nil:
+			return
 		case simFailure:
 			failure = string(v)
 		default:
 			failure = fmt.Sprintf("panic: %v\n%s", v, debug.Stack())
 		}
+		for _, p := range w.peers { // no goroutine may stay
+			if w.goroutines != nil {
+				p.s.fail()
+			}
+		}
+		w.quiet()
 	}()
 	w.run(steps)
 	return w, ""
 }
 
-// TestSimulation runs PYRYCODE_SIMULATION_WORLDS worlds, from PYRYCODE_SIMULATION_SEED
-// on. PYRYCODE_SIMULATION is one world, with its trace.
+// TestSimulation runs PYRYCODE_SIMULATION_WORLDS worlds on the loops, a twentieth as many
+// on the goroutine poller, and as many calm ones on both, from PYRYCODE_SIMULATION_SEED on.
+// PYRYCODE_SIMULATION is one world, with its trace.
 func TestSimulation(t *testing.T) {
 	t.Parallel()
 	if v := os.Getenv("PYRYCODE_SIMULATION"); v != "" {
-		seed, lim := parseWorld(t, v)
+		plan := parseWorld(t, v)
 		synctest.Test(t, func(t *testing.T) {
 			trace := new(logBuffer)
-			if _, failure := simulate(seed, lim, trace); failure != "" {
+			if _, failure := simulate(plan, trace); failure != "" {
 				t.Errorf("%s\n%s", trace, failure)
 			} else {
 				t.Logf("%s", trace)
@@ -1211,14 +1729,28 @@ func TestSimulation(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {
 				frames, reasons := 0, [closeReasonCount]int{}
-				for seed := first + i; seed < first+n && !t.Failed(); seed += workers {
-					w, failure := simulate(seed, simLimits{math.MaxInt, math.MaxInt}, nil)
+				play := func(plan simPlan) *simulation {
+					w, failure := simulate(plan, nil)
 					if failure != "" {
-						reportWorld(t, seed, w.step, failure)
+						reportWorld(t, plan, w.step, failure)
 					}
 					frames += w.frames
 					for r, k := range w.reasons {
 						reasons[r] += k
+					}
+					return w
+				}
+				for seed := first + i; seed < first+n && !t.Failed(); seed += workers {
+					plan := wholeWorld(seed)
+					play(plan)
+					if plan.poller = "goroutines"; seed/workers%20 == 0 && !t.Failed() {
+						play(plan)
+						plan.calm = true
+						both := []*simulation{play(plan)}
+						plan.poller = "epoll"
+						if both = append(both, play(plan)); !t.Failed() {
+							compareWorlds(t, plan, both[0].outcome(), both[1].outcome())
+						}
 					}
 				}
 				text := ""
@@ -1231,13 +1763,44 @@ func TestSimulation(t *testing.T) {
 	}
 }
 
+// outcome is what became of each peer, and when.
+func (w *simulation) outcome() (all []string) {
+	for _, p := range w.peers {
+		ended := time.Duration(0)
+		if p.ended != 0 {
+			ended = time.Duration(p.ended - w.peers[0].arrived)
+		}
+		all = append(all, fmt.Sprintf("%s ended after %v for %q, code %d; close frame %v; %d frames taken, %d and %d of its own or for it left; notice %d",
+			p, ended, p.reason, p.code, p.closed, p.taken, len(p.up), len(p.down), p.tell))
+	}
+	return append(all, fmt.Sprint("other relays: ", w.r.metrics.splitSeen[0].Load(), " ", w.r.metrics.splitSeen[1].Load()))
+}
+
+// compareWorlds holds what both pollers made of one world against each other.
+func compareWorlds(t *testing.T, plan simPlan, goroutines, loops []string) {
+	for i := range max(len(goroutines), len(loops)) {
+		a, b := "nothing", "nothing"
+		if i < len(goroutines) {
+			a = goroutines[i]
+		}
+		if i < len(loops) {
+			b = loops[i]
+		}
+		if a != b {
+			other := plan
+			other.poller = "goroutines"
+			t.Fatalf("PYRYCODE_SIMULATION=%v\nPYRYCODE_SIMULATION=%v\nthe pollers come to different ends:\n%s\n%s", other, plan, a, b)
+		}
+	}
+}
+
 // TestSimulationIsDecidedBySeed runs worlds twice.
 func TestSimulationIsDecidedBySeed(t *testing.T) {
 	t.Parallel()
 	for seed := range fewWorlds(5, 1) {
 		var traces [2]logBuffer
 		for i := range traces {
-			synctest.Test(t, func(t *testing.T) { simulate(seed, simLimits{math.MaxInt, math.MaxInt}, &traces[i]) })
+			synctest.Test(t, func(t *testing.T) { simulate(wholeWorld(seed), &traces[i]) })
 		}
 		a, b := strings.Split(traces[0].String(), "\n"), strings.Split(traces[1].String(), "\n")
 		for i, line := range a {
@@ -1248,12 +1811,19 @@ func TestSimulationIsDecidedBySeed(t *testing.T) {
 	}
 }
 
-// parseWorld reads a seed with its limits, as reportWorld writes them.
-func parseWorld(t *testing.T, v string) (seed uint64, lim simLimits) {
-	lim = simLimits{math.MaxInt, math.MaxInt}
+// parseWorld reads a plan.
+func parseWorld(t *testing.T, v string) simPlan {
+	plan := wholeWorld(0)
 	parts := strings.Split(v, ",")
+	if n := len(parts) - 1; parts[n] == "calm" {
+		plan.calm, parts = true, parts[:n]
+	}
+	if n := len(parts) - 1; parts[n] == "goroutines" || parts[n] == "epoll" {
+		plan.poller, parts = parts[n], parts[:n]
+	}
 	seed, err := strconv.ParseUint(parts[0], 10, 64)
-	for i, p := range [...]*int{&lim.steps, &lim.homes} {
+	plan.seed = seed
+	for i, p := range [...]*int{&plan.steps, &plan.homes} {
 		if err == nil && i+1 < len(parts) {
 			*p, err = strconv.Atoi(parts[i+1])
 		}
@@ -1261,28 +1831,31 @@ func parseWorld(t *testing.T, v string) (seed uint64, lim simLimits) {
 	if err != nil {
 		t.Fatalf("PYRYCODE_SIMULATION: %v", err)
 	}
-	return seed, lim
+	return plan
 }
 
 // reportWorld makes a world that fails as small as it goes, and says how to run it.
-func reportWorld(t *testing.T, seed uint64, steps int, failure string) {
-	lim := simLimits{steps + 1, 3}
-	try := func(smaller simLimits) {
-		if w, f := simulate(seed, smaller, nil); f != "" && w.step < lim.steps {
-			failure, lim = f, smaller
+func reportWorld(t *testing.T, plan simPlan, steps int, failure string) {
+	plan.steps, plan.homes = steps+1, 3
+	try := func(smaller simPlan) {
+		if w, f := simulate(smaller, nil); f != "" && w.step < plan.steps {
+			failure, plan = f, smaller
 		}
 	}
-	for cut := lim.steps / 2; cut > 0; cut /= 2 {
-		try(simLimits{lim.steps - cut, lim.homes})
+	for cut := plan.steps / 2; cut > 0; cut /= 2 {
+		smaller := plan
+		smaller.steps -= cut
+		try(smaller)
 	}
-	for homes := 1; homes < lim.homes; homes++ {
-		try(simLimits{lim.steps, homes})
+	for smaller := plan; smaller.homes > 1; {
+		smaller.homes--
+		try(smaller)
 	}
 	trace := new(logBuffer)
-	simulate(seed, lim, trace)
+	simulate(plan, trace)
 	lines := strings.Split(strings.TrimSpace(trace.String()), "\n")
-	t.Errorf("%s\nto run it again: PYRYCODE_SIMULATION=%d,%d,%d go test -run '^TestSimulation$' -v .\nits last lines:\n%s",
-		failure, seed, lim.steps, lim.homes, strings.Join(lines[max(0, len(lines)-40):], "\n"))
+	t.Errorf("%s\nto run it again: PYRYCODE_SIMULATION=%v go test -run '^TestSimulation$' -v .\nits last lines:\n%s",
+		failure, plan, strings.Join(lines[max(0, len(lines)-40):], "\n"))
 }
 
 // ---- parts of the loop ----
