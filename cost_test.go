@@ -772,7 +772,7 @@ func queuedPhones(t *testing.T, r *testRelay, n int) (phones []net.Conn, admit f
 	next := make(chan struct{})
 	return phones, func() {
 		t.Helper()
-		go r.srv.Serve(&guests{Listener: listenerInSteps{ln, next}, log: r.log})
+		go r.srv.Serve(&httpListener{Listener: listenerInSteps{ln, next}, log: r.log})
 		for _, nc := range phones { // one at a time, or the stacks of all requests would be counted
 			next <- struct{}{}
 			readUpgrade(t, nc)

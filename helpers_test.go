@@ -130,7 +130,7 @@ func startRelayOn(t testing.TB, o options, ln net.Listener) *testRelay {
 	if ln, err = newAcceptor(ln); err != nil {
 		t.Fatal(err)
 	}
-	g := &guests{Listener: r.entrance(ln, cert), log: log}
+	g := &httpListener{Listener: r.publicListener(ln, cert), log: log}
 	r.srv = newServer(r.relay, r.relay, g)
 	go r.srv.Serve(g)
 	t.Cleanup(r.stop)

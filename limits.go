@@ -193,27 +193,27 @@ func parseHop(s string) (netip.Addr, bool) {
 	return a.Unmap().WithZone(""), err == nil
 }
 
-// guests is the listener of net/http. It bounds what a request may be, keeps net/http at
-// maxWaiting connections that are no session, and has it go on where a connection can't
-// be accepted.
-type guests struct {
+// httpListener is the listener of net/http. It bounds what a request may be, keeps
+// net/http at maxWaiting connections that are no session, and has it go on where a
+// connection can't be accepted.
+type httpListener struct {
 	net.Listener
 	log  *slog.Logger
 	said time.Time      // owned by the goroutine that accepts
 	here sync.WaitGroup // connections that net/http has
 
 	mu   sync.Mutex // guards what follows
-	line list.List  // of *guest, the longest waiting in front
+	line list.List  // of *httpConn, the longest waiting in front
 }
 
 // Accept fails for good only where the listening socket is no good. All else that
 // accept(2) has passes: descriptors, memory, a network or firewall that is in the way.
-func (l *guests) Accept() (net.Conn, error) {
+func (l *httpListener) Accept() (net.Conn, error) {
 	nc, err := l.Listener.Accept()
 	is := func(errno syscall.Errno) bool { return errors.Is(err, errno) }
 	switch {
 	case err == nil:
-		return &guest{Conn: nc}, nil
+		return &httpConn{Conn: nc}, nil
 	case errors.Is(err, net.ErrClosed), is(syscall.EBADF), is(syscall.EINVAL), is(syscall.ENOTSOCK):
 		return nil, err
 	case time.Since(l.said) >= time.Minute:
@@ -233,32 +233,32 @@ type passingError struct{ error }
 func (passingError) Timeout() bool   { return false }
 func (passingError) Temporary() bool { return true }
 
-// follow is an http.Server's ConnState hook. A newcomer displaces the one that has
+// track is an http.Server's ConnState hook. A newcomer displaces the one that has
 // waited for the longest for its request to be complete, however often that has sent
 // a byte of it: strangers that dawdle must not lock others out.
-func (l *guests) follow(c net.Conn, s http.ConnState) {
+func (l *httpListener) track(nc net.Conn, s http.ConnState) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	switch g := c.(*guest); s {
+	switch c := nc.(*httpConn); s {
 	case http.StateNew:
 		if l.line.Len() >= maxWaiting {
-			l.line.Remove(l.line.Front()).(*guest).Close()
+			l.line.Remove(l.line.Front()).(*httpConn).Close()
 		}
-		g.place = l.line.PushBack(g)
+		c.place = l.line.PushBack(c)
 		l.here.Add(1)
 	case http.StateIdle: // its request was answered
-		l.line.MoveToBack(g.place) // if it is still there
+		l.line.MoveToBack(c.place) // if it is still there
 	case http.StateHijacked, http.StateClosed:
-		l.line.Remove(g.place)
+		l.line.Remove(c.place)
 		l.here.Done()
 	}
 }
 
-// guest is a connection that net/http serves. It counts the lines of a head,
+// httpConn is a connection that net/http serves. It counts the lines of a head,
 // since net/http bounds its bytes only, and a line of four costs a hundred.
-type guest struct {
+type httpConn struct {
 	net.Conn
-	place *list.Element // in the line of guests, whose mu guards it
+	place *list.Element // in the line of httpListener, whose mu guards it
 
 	// Owned by the goroutine that reads.
 	lines int  // of the head that is being read
@@ -266,17 +266,17 @@ type guest struct {
 	full  bool // the head goes on behind maxHeadLines
 }
 
-func (g *guest) Read(p []byte) (int, error) {
+func (c *httpConn) Read(p []byte) (int, error) {
 	switch {
-	case g.full || g.lines > maxHeadLines:
-		g.refuse()
+	case c.full || c.lines > maxHeadLines:
+		c.refuse()
 		return 0, io.EOF
-	case len(p) == 1 && g.lines == 0 && !g.text:
+	case len(p) == 1 && c.lines == 0 && !c.text:
 		// Behind a request net/http waits for one byte, so that a handler learns early
 		// that the peer has left. No handler here takes long enough to want to know.
 		return 0, os.ErrDeadlineExceeded
 	}
-	n, err := g.Conn.Read(p)
+	n, err := c.Conn.Read(p)
 	ended := false
 	for i, b := range p[:n] {
 		switch {
@@ -284,36 +284,36 @@ func (g *guest) Read(p []byte) (int, error) {
 		case b != '\n':
 			// What follows a head may be a session's bytes, which have no lines: if
 			// it is a head, the next Read refuses the rest of it.
-			if g.lines == maxHeadLines && !g.text && !ended {
-				if g.full = true; i == 0 {
-					g.refuse()
+			if c.lines == maxHeadLines && !c.text && !ended {
+				if c.full = true; i == 0 {
+					c.refuse()
 					return 0, io.EOF
 				}
 				return i, nil
 			}
-			g.text = true
-		case g.text:
-			g.text = false
-			g.lines++
-		case g.lines > 0:
-			g.lines, ended = 0, true
+			c.text = true
+		case c.text:
+			c.text = false
+			c.lines++
+		case c.lines > 0:
+			c.lines, ended = 0, true
 		}
 	}
 	return n, err
 }
 
 // refuse answers a head of too many lines as net/http would one of too many bytes.
-func (g *guest) refuse() {
-	io.WriteString(g.Conn, "HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: text/plain; charset=utf-8\r\n"+
+func (c *httpConn) refuse() {
+	io.WriteString(c.Conn, "HTTP/1.1 431 Request Header Fields Too Large\r\nContent-Type: text/plain; charset=utf-8\r\n"+
 		"Cache-Control: no-store\r\nConnection: close\r\n\r\nthe request has too many header lines\n")
-	g.CloseWrite()
+	c.CloseWrite()
 	// Closed with bytes unread, the connection would be reset and the answer lost.
-	g.SetReadDeadline(time.Now().Add(lingerTime))
-	io.CopyN(io.Discard, g.Conn, maxHeadBytes)
+	c.SetReadDeadline(time.Now().Add(lingerTime))
+	io.CopyN(io.Discard, c.Conn, maxHeadBytes)
 }
 
 // CloseWrite is for net/http, which waits behind it as refuse does.
-func (g *guest) CloseWrite() error { return closeWrite(g.Conn) }
+func (c *httpConn) CloseWrite() error { return closeWrite(c.Conn) }
 
 // logGate lets linesPerSecond through: what a stranger can cause at will must not
 // fill a disk. The zero value works.

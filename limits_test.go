@@ -661,7 +661,7 @@ func TestLimitsHeadLines(t *testing.T) {
 				n := min(size, len(rest))
 				c.chunks, rest = append(c.chunks, rest[:n]), rest[n:]
 			}
-			g := &guest{Conn: c}
+			g := &httpConn{Conn: c}
 			p, passed := make([]byte, 1<<20), 0
 			for err := error(nil); err == nil; {
 				var n int
@@ -680,7 +680,7 @@ func TestLimitsHeadLines(t *testing.T) {
 	}
 	// What stands behind a head in one read may be a session's bytes.
 	c := &chunkConn{chunks: []string{head + lines(maxHeadLines+1), "A"}}
-	g, p := &guest{Conn: c}, make([]byte, 1<<20)
+	g, p := &httpConn{Conn: c}, make([]byte, 1<<20)
 	if n, err := g.Read(p); n != len(head)+len(lines(maxHeadLines+1)) || err != nil {
 		t.Errorf("%d bytes, %v", n, err)
 	}
@@ -688,7 +688,7 @@ func TestLimitsHeadLines(t *testing.T) {
 		t.Errorf("%d bytes, %v, said %q", n, err, c.wrote.String())
 	}
 	// For one byte nobody waits, except within a head.
-	g = &guest{Conn: &chunkConn{chunks: strings.Split("aB\rC\nD\rE\nF\r\nG\r\n\r\n", "")}}
+	g = &httpConn{Conn: &chunkConn{chunks: strings.Split("aB\rC\nD\rE\nF\r\nG\r\n\r\n", "")}}
 	waits := ""
 	for {
 		n, err := g.Read(p[:1])
@@ -716,17 +716,17 @@ func (c *endConn) Close() error { c.closed = true; return nil }
 
 func TestLimitsIdle(t *testing.T) {
 	t.Parallel()
-	hook := new(guests).follow
-	var all []*guest
-	arrive := func() *guest {
-		g := &guest{Conn: new(endConn)}
+	hook := new(httpListener).track
+	var all []*httpConn
+	arrive := func() *httpConn {
+		g := &httpConn{Conn: new(endConn)}
 		all = append(all, g)
 		hook(g, http.StateNew)
 		return g
 	}
-	closed := func(g *guest) bool { return g.Conn.(*endConn).closed }
-	gone := map[*guest]bool{}
-	end := func(g *guest, s http.ConnState) { // which net/http says once
+	closed := func(g *httpConn) bool { return g.Conn.(*endConn).closed }
+	gone := map[*httpConn]bool{}
+	end := func(g *httpConn, s http.ConnState) { // which net/http says once
 		if !gone[g] {
 			gone[g] = true
 			hook(g, s)

@@ -87,42 +87,42 @@ func openTCP(addr string) (net.Listener, error) {
 // newAcceptor is what stands between a listener and net/http; accept_linux.go has one.
 var newAcceptor = func(ln net.Listener) (net.Listener, error) { return ln, nil }
 
-// entrance is the public listener with what comes before a request. Nothing of that is
-// done where connections are accepted, so that none waits for another.
-func (r *relay) entrance(ln net.Listener, cert *certificate) net.Listener {
+// publicListener adds to the listener for peers what comes before a request. Nothing of
+// that is done where connections are accepted, so that none waits for another.
+func (r *relay) publicListener(ln net.Listener, cert *certificate) net.Listener {
 	if cert == nil && !r.o.proxyProtocol {
 		return ln
 	}
 	r.metrics.cert = cert
-	e := &entrance{Listener: ln, relay: r}
+	l := &publicListener{Listener: ln, relay: r}
 	if cert != nil {
-		e.tls = &tls.Config{
+		l.tls = &tls.Config{
 			GetCertificate:              func(*tls.ClientHelloInfo) (*tls.Certificate, error) { return cert.current.Load(), nil },
 			MinVersion:                  tls.VersionTLS12,
 			NextProtos:                  []string{"http/1.1"}, // there is no WebSocket over HTTP/2 here
 			DynamicRecordSizingDisabled: true,                 // small records save a phone no round trip, and cost CPU
 		}
 	}
-	return e
+	return l
 }
 
-type entrance struct {
+type publicListener struct {
 	net.Listener
 	relay *relay
 	tls   *tls.Config // nil: plain HTTP
 }
 
-func (e *entrance) Accept() (net.Conn, error) {
-	nc, err := e.Listener.Accept()
+func (l *publicListener) Accept() (net.Conn, error) {
+	nc, err := l.Listener.Accept()
 	if err != nil {
 		return nil, err
 	}
-	if e.relay.o.proxyProtocol {
-		nc = &proxied{Conn: nc, relay: e.relay}
+	if l.relay.o.proxyProtocol {
+		nc = &proxied{Conn: nc, relay: l.relay}
 	}
-	if e.tls != nil {
+	if l.tls != nil {
 		w := &wire{Conn: nc, left: maxHelloBytes}
-		nc = &tlsConn{Conn: tls.Server(w, e.tls), wire: w, relay: e.relay}
+		nc = &tlsConn{Conn: tls.Server(w, l.tls), wire: w, relay: l.relay}
 	}
 	return nc, nil
 }

@@ -58,7 +58,7 @@ func TestListenerAcceptFails(t *testing.T) {
 			ln := onLoopback(t)
 			err := &net.OpError{Op: "accept", Net: "tcp", Addr: ln.Addr(), Err: os.NewSyscallError("accept4", errno)}
 			failed := make(chan error, 1)
-			d := openDoor(&failingListener{ln, []error{err, err, err}}, r.relay, r.relay, failed)
+			d := startHTTP(&failingListener{ln, []error{err, err, err}}, r.relay, r.relay, failed)
 			defer d.server.Close()
 			if ends {
 				select {

@@ -94,7 +94,7 @@ func serve(ctx context.Context, o options, env map[string]string, w *logWriter) 
 	log := newLogger(w, o)
 	manager, err := newManager(env, log)
 	if err == nil {
-		err = manager.standIn(&o)
+		err = manager.replaceFlags(&o)
 	}
 	if err != nil {
 		return exitRefused, err
@@ -170,9 +170,9 @@ func serve(ctx context.Context, o options, env map[string]string, w *logWriter) 
 	r.metrics.logLost = &w.lost
 	lock.serving(r, addr, adminAddr)
 	failed := make(chan error, 2)
-	doors := []*door{openDoor(r.entrance(public, cert), r, r, failed)}
+	servers := []*httpServer{startHTTP(r.publicListener(public, cert), r, r, failed)}
 	if admin != nil {
-		doors = append(doors, openDoor(admin, r.admin(), r, failed))
+		servers = append(servers, startHTTP(admin, r.admin(), r, failed))
 	}
 	log.Info("listening", "addr", addr, "admin", adminAddr, "version", build.version, "instance", id.id)
 	next := "put a TLS proxy in front, and try it with: " + programName + " probe ws://" + addr
@@ -188,7 +188,7 @@ func serve(ctx context.Context, o options, env map[string]string, w *logWriter) 
 
 	check := newPublicCheck(o, r)
 	check.start()
-	leave := manager.attend(r)
+	leave := manager.keepInformed(r)
 	select {
 	case <-ctx.Done():
 		log.Info("shutting down", "deadline", o.drain)
@@ -203,7 +203,7 @@ func serve(ctx context.Context, o options, env map[string]string, w *logWriter) 
 	}
 	manager.tell("STOPPING=1")
 	check.stop()
-	if stopped := stop(r, doors, signals, o.drain); !stopped {
+	if stopped := stop(r, servers, signals, o.drain); !stopped {
 		log.Error("stopped at once by a second signal")
 		return exitFailed, nil
 	}
@@ -232,28 +232,28 @@ func holdInstance(o options, log *slog.Logger, state *instanceState, info lockIn
 	return lock, nil
 }
 
-// door is a listener and what serves it.
-type door struct {
-	guests
+// httpServer is a listener and what serves it.
+type httpServer struct {
+	httpListener
 	server *http.Server
 	shut   chan struct{} // nothing is accepted any more
 }
 
-// openDoor serves h on ln for r, and reports an end other than by closing either.
-func openDoor(ln net.Listener, h http.Handler, r *relay, failed chan<- error) *door {
-	d := &door{guests: guests{Listener: ln, log: r.log}, shut: make(chan struct{})}
-	d.server = newServer(h, r, &d.guests)
+// startHTTP serves h on ln for r, and reports an end other than by closing either.
+func startHTTP(ln net.Listener, h http.Handler, r *relay, failed chan<- error) *httpServer {
+	s := &httpServer{httpListener: httpListener{Listener: ln, log: r.log}, shut: make(chan struct{})}
+	s.server = newServer(h, r, &s.httpListener)
 	go func() {
-		defer close(d.shut)
-		if err := d.server.Serve(&d.guests); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
+		defer close(s.shut)
+		if err := s.server.Serve(&s.httpListener); !errors.Is(err, http.ErrServerClosed) && !errors.Is(err, net.ErrClosed) {
 			failed <- fmt.Errorf("serving %s: %w", ln.Addr(), err)
 		}
 	}()
-	return d
+	return s
 }
 
-// newServer bounds what strangers can make net/http hold. It is for serving g.
-func newServer(h http.Handler, r *relay, g *guests) *http.Server {
+// newServer bounds what strangers can make net/http hold. It is to serve what ln accepts.
+func newServer(h http.Handler, r *relay, ln *httpListener) *http.Server {
 	return &http.Server{
 		Handler:           h,
 		ReadHeaderTimeout: greetTime,
@@ -261,7 +261,7 @@ func newServer(h http.Handler, r *relay, g *guests) *http.Server {
 		WriteTimeout:      30 * time.Second,
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    maxHeadBytes - 4<<10,
-		ConnState:         g.follow,
+		ConnState:         ln.track,
 		ErrorLog:          slog.NewLogLogger(r.log.Handler(), slog.LevelDebug),
 	}
 }
@@ -269,29 +269,29 @@ func newServer(h http.Handler, r *relay, g *guests) *http.Server {
 // stop drains r: the listeners close first, then every peer is told. Until that is
 // over, a load balancer that keeps a connection alive for its questions is
 // answered 503. It reports false if a second signal came meanwhile.
-func stop(r *relay, doors []*door, signals <-chan os.Signal, deadline time.Duration) bool {
+func stop(r *relay, servers []*httpServer, signals <-chan os.Signal, deadline time.Duration) bool {
 	end := time.Now().Add(deadline)
 	r.draining.Store(true)
 	done := make(chan struct{})
 	go func() {
 		defer close(done)
-		for _, d := range doors {
-			d.Close()
-			<-d.shut
+		for _, s := range servers {
+			s.Close()
+			<-s.shut
 		}
 		r.drain(time.Until(end))
 		// What was accepted last is answered, which Shutdown does not do; what waits in a
 		// socket of the service manager is for the next process.
-		for _, d := range doors {
-			d.server.SetKeepAlivesEnabled(false)
+		for _, s := range servers {
+			s.server.SetKeepAlivesEnabled(false)
 		}
 		finish(lingerTime, func() {
-			for _, d := range doors {
-				d.here.Wait()
+			for _, s := range servers {
+				s.here.Wait()
 			}
 		})
-		for _, d := range doors {
-			d.server.Close()
+		for _, s := range servers {
+			s.server.Close()
 		}
 	}()
 	select {

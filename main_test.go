@@ -161,7 +161,7 @@ func TestProgramAnswersWhatItHasAccepted(t *testing.T) {
 			ln := &pipeListener{conns: make(chan net.Conn), done: make(chan struct{})}
 			over := make(chan struct{})
 			defer close(over)
-			d := openDoor(ln, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
+			d := startHTTP(ln, http.HandlerFunc(func(http.ResponseWriter, *http.Request) {
 				select {
 				case <-time.After(c.lasts):
 				case <-over:
@@ -182,7 +182,7 @@ func TestProgramAnswersWhatItHasAccepted(t *testing.T) {
 			synctest.Wait() // it is being answered, or not asked yet
 			r.srv.Close()
 			start := time.Now()
-			r.once.Do(func() { stop(r.relay, []*door{d}, nil, time.Minute) })
+			r.once.Do(func() { stop(r.relay, []*httpServer{d}, nil, time.Minute) })
 			if took := time.Since(start); took > lingerTime {
 				t.Errorf("%+v: the end took %v", c, took)
 			}

@@ -96,10 +96,10 @@ func (m *metrics) text() []byte {
 
 	e.family("instance_check", "gauge", "Whether this is the only instance: 1 for what each check found.")
 	bypassed, public := m.instance.bypassed.Load(), m.instance.verdict()
-	e.sample(truth(!bypassed), "instance_check{check=%q,verdict=%q}", "host", "held")
-	e.sample(truth(bypassed), "instance_check{check=%q,verdict=%q}", "host", "bypassed")
+	e.sample(boolToInt(!bypassed), "instance_check{check=%q,verdict=%q}", "host", "held")
+	e.sample(boolToInt(bypassed), "instance_check{check=%q,verdict=%q}", "host", "bypassed")
 	for v := range publicVerdictCount {
-		e.sample(truth(v == public), "instance_check{check=%q,verdict=%q}", "public", v)
+		e.sample(boolToInt(v == public), "instance_check{check=%q,verdict=%q}", "public", v)
 	}
 	e.family("split_seen_total", "counter", "Signs in conn_ids that another relay serves binaries of this one, by how sure they are.")
 	for v := range evidenceCount {
@@ -123,7 +123,7 @@ func (m *metrics) text() []byte {
 	return e.b.Bytes()
 }
 
-func truth(b bool) int64 {
+func boolToInt(b bool) int64 {
 	if b {
 		return 1
 	}

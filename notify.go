@@ -92,8 +92,8 @@ func passedSockets(count, names string) (map[string]net.Listener, error) {
 
 var errNotListening = errors.New("want a TCP socket that listens: ListenStream= with a port, and not Accept=yes")
 
-// standIn puts the sockets' addresses in the place of the flags'.
-func (m *manager) standIn(o *options) error {
+// replaceFlags puts the sockets' addresses in the place of the flags'.
+func (m *manager) replaceFlags(o *options) error {
 	var said []any
 	for flag, addr := range map[string]*string{"listen": &o.listen, "admin": &o.admin} {
 		if ln := m.sockets[flag]; ln != nil {
@@ -124,9 +124,9 @@ func (m *manager) tell(lines ...string) {
 	}
 }
 
-// attend tells the manager that r serves, and goes on with counts and the watchdog
+// keepInformed tells the manager that r serves, and goes on with counts and the watchdog
 // until stop is called.
-func (m *manager) attend(r *relay) (stop func()) {
+func (m *manager) keepInformed(r *relay) (stop func()) {
 	if m.notify == "" {
 		return func() {}
 	}

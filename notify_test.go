@@ -132,7 +132,7 @@ func TestManagerWatchdog(t *testing.T) {
 	t.Parallel()
 	onEach(t, testOptions(), func(t *testing.T, r *testRelay) {
 		m := startManager(t, filepath.Join(t.TempDir(), "notify"))
-		leave := (&manager{notify: m.addr, watchdog: 20 * time.Millisecond, log: r.log}).attend(r.relay)
+		leave := (&manager{notify: m.addr, watchdog: 20 * time.Millisecond, log: r.log}).keepInformed(r.relay)
 		defer leave()
 		_, ph, _ := r.pair("s")
 		b := r.holder("s")

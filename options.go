@@ -85,7 +85,7 @@ func (o *options) flags() *flag.FlagSet {
 		"`address` of the public listener: plain HTTP, for a TLS proxy in front, or TLS with -tls-cert")
 	add(fs, "admin", &o.admin, "127.0.0.1:8081", parseAdmin,
 		"`address` of the status page and /metrics, loopback only unless -admin-any; \"off\" or an empty value turns it off")
-	add(fs, "admin-any", &o.adminAny, false, parseTruth,
+	add(fs, "admin-any", &o.adminAny, false, parseBool,
 		"let -admin be any address: whoever reaches it sees how many are connected, how much they send and when, and no content")
 	add(fs, "instance-lock", &o.instanceLock, "127.0.0.1:24404", parseLocks,
 		"loopback `addresses` to bind and files to lock, which no other relay on this host, or that sees the file, can have as well")
@@ -111,7 +111,7 @@ func (o *options) flags() *flag.FlagSet {
 	add(fs, "rate-burst", &o.rateBurst, 20, number(1, 1<<20), "`upgrades` that an address may ask for at once")
 	add(fs, "trusted-proxies", &o.trustedProxies, "127.0.0.0/8,::1/128", parsePrefixes,
 		"`networks` whose X-Forwarded-For is believed; empty for none")
-	add(fs, "proxy-protocol", &o.proxyProtocol, false, parseTruth,
+	add(fs, "proxy-protocol", &o.proxyProtocol, false, parseBool,
 		"-trusted-proxies begin every connection with a PROXY header, version 1 or 2; nobody else may connect")
 	add(fs, "log-format", &o.logFormat, "text", parseLogFormat, "`format` of the log: text or json")
 	add(fs, "log-level", &o.logLevel, "info", parseLevel, "lowest `level` that is logged: debug, info, warn or error")
@@ -347,7 +347,7 @@ func duration(low, high time.Duration) func(string) (time.Duration, error) {
 	}
 }
 
-func parseTruth(s string) (bool, error) {
+func parseBool(s string) (bool, error) {
 	b, err := strconv.ParseBool(s)
 	if err != nil {
 		return false, errors.New("want true or false")

@@ -127,7 +127,7 @@ func runProbe(ctx context.Context, args []string, stdout, stderr io.Writer) int 
 		"`connections`, one claim and the rest phones; everybody behind one address shares the relay's rate limit, 20 at once by default")
 	add(fs, "idle", &p.idle, time.Duration(0), duration(0, time.Hour),
 		"`duration` of silence that the path has to survive; 0s leaves that out")
-	add(fs, "json", &p.json, false, parseTruth, "one JSON object instead of text")
+	add(fs, "json", &p.json, false, parseBool, "one JSON object instead of text")
 	target, err := parseProbe(fs, args)
 	if errors.Is(err, flag.ErrHelp) {
 		fmt.Fprintf(stdout, "%s probe [flags] URL\n\nChecks a relay from outside, as wss://relay.example.com. Exit code 0: it works.\n"+
@@ -188,7 +188,7 @@ func (p *probe) run(ctx context.Context) bool {
 	}
 	p.steps(ctx)
 	p.report.OK = !slices.ContainsFunc(p.report.Steps, func(s probeStep) bool { return s.Verdict == stepFail })
-	p.clear()
+	p.clearProgress()
 	switch {
 	case p.json:
 		e := json.NewEncoder(p.out)
@@ -207,7 +207,7 @@ func (p *probe) run(ctx context.Context) bool {
 
 func (p *probe) steps(ctx context.Context) {
 	h := newHousehold(p.open)
-	p.tick("opening a connection")
+	p.showProgress("opening a connection")
 	t, err := h.hold(ctx)
 	defer h.close()
 	if p.path(t, err); t.step < stepSession {
@@ -218,16 +218,16 @@ func (p *probe) steps(ctx context.Context) {
 		return
 	}
 	p.pass("claim", "a binary's claim of the server-id "+h.id+" is taken")
-	p.meet(t)
-	phone := p.joins(ctx, h, t)
+	p.countInstance(t)
+	phone := p.joinPhones(ctx, h, t)
 	if phone != nil {
 		defer phone.close()
 		p.measure(phone)
-		p.large(phone)
+		p.sendLarge(phone)
 	}
 	p.instances()
 	if phone != nil {
-		p.quiet(ctx, h.claim, phone)
+		p.stayIdle(ctx, h.claim, phone)
 	}
 }
 
@@ -300,42 +300,42 @@ func (p *probe) certificate(state *tls.ConnectionState, took string) {
 	p.add(s)
 }
 
-// meet counts the relay that answered, if one did.
-func (p *probe) meet(t *dialTrace) {
+// countInstance counts the relay that answered, if one did.
+func (p *probe) countInstance(t *dialTrace) {
 	if !t.answer.named {
 		if t.answer.code != 0 {
 			p.silent++
 		}
 		return
 	}
-	who := t.answer.who
-	i := slices.IndexFunc(p.report.Instances, func(m probeInstance) bool { return m.ID == who.id })
+	met := t.answer.instance
+	i := slices.IndexFunc(p.report.Instances, func(m probeInstance) bool { return m.ID == met.id })
 	if i < 0 {
 		i = len(p.report.Instances)
-		p.report.Instances = append(p.report.Instances, probeInstance{ID: who.id, Started: who.started})
+		p.report.Instances = append(p.report.Instances, probeInstance{ID: met.id, Started: met.started})
 	}
 	m := &p.report.Instances[i]
 	m.Connections++
-	m.since = who.started
+	m.since = met.started
 	if t.answer.told {
 		m.since = t.answer.asked.Add(-t.answer.standing.age) // whatever the clocks of both say
 	}
 }
 
-// joins opens the phones, one after the other. The first that gets in stays.
-func (p *probe) joins(ctx context.Context, h *household, claim *dialTrace) (kept *wsPeer) {
+// joinPhones opens the phones, one after the other. The first that gets in stays.
+func (p *probe) joinPhones(ctx context.Context, h *household, claim *dialTrace) (kept *wsPeer) {
 	var lost error
 	var broken diagnosis
-	joined, astray, failed := 0, 0, 0
+	joined, misrouted, failed := 0, 0, 0
 	for i := 0; i < p.n-1 && ctx.Err() == nil; i++ {
-		p.tick(fmt.Sprintf("connection %d of %d", i+2, p.n))
+		p.showProgress(fmt.Sprintf("connection %d of %d", i+2, p.n))
 		phone, t, err := h.join(ctx)
-		p.meet(t)
+		p.countInstance(t)
 		switch {
 		case err == nil:
 			joined++
-		case h.astray(err), t.answer.named && t.answer.who.id != claim.answer.who.id:
-			astray++
+		case h.misrouted(err), t.answer.named && t.answer.instance.id != claim.answer.instance.id:
+			misrouted++
 			lost = err
 		default:
 			failed++
@@ -350,8 +350,8 @@ func (p *probe) joins(ctx context.Context, h *household, claim *dialTrace) (kept
 	}
 	phones := fmt.Sprintf("%d of %d phones reached the binary", joined, p.n-1)
 	switch {
-	case astray > 0:
-		p.fail("join", diagnosis{fmt.Sprintf("%s; %d did not, although it is there (%v)", phones, astray, lost),
+	case misrouted > 0:
+		p.fail("join", diagnosis{fmt.Sprintf("%s; %d did not, although it is there (%v)", phones, misrouted, lost),
 			"run exactly one relay behind this name: those phones came to another one"})
 	case failed > 0:
 		p.fail("join", diagnosis{phones + "; the first that did not: " + broken.what, broken.remedy})
@@ -363,7 +363,7 @@ func (p *probe) joins(ctx context.Context, h *household, claim *dialTrace) (kept
 
 // measure times small frames from phone to binary and back.
 func (p *probe) measure(phone *wsPeer) {
-	p.tick("measuring the round trip")
+	p.showProgress("measuring the round trip")
 	var took []time.Duration
 	for i := range roundTrips {
 		began := time.Now()
@@ -380,11 +380,11 @@ func (p *probe) measure(phone *wsPeer) {
 		age(low), age(middle), age(high), roundTrips))
 }
 
-// large sends what is more than any buffer of a proxy, both ways.
-func (p *probe) large(phone *wsPeer) {
+// sendLarge sends what is more than any buffer of a proxy, both ways.
+func (p *probe) sendLarge(phone *wsPeer) {
 	noise := make([]byte, largeFrame/2-1)
 	rand.Read(noise)
-	p.tick("sending 200 KiB")
+	p.showProgress("sending 200 KiB")
 	began := time.Now()
 	if err := phone.roundTrip(fmt.Appendf(nil, `"%x"`, noise)); err != nil {
 		d := diagnoseEnd(err)
@@ -424,8 +424,8 @@ func (p *probe) instances() {
 	}
 }
 
-// quiet lets both connections be silent but for the relay's own pings.
-func (p *probe) quiet(ctx context.Context, claim, phone *wsPeer) {
+// stayIdle lets both connections be silent but for the relay's own pings.
+func (p *probe) stayIdle(ctx context.Context, claim, phone *wsPeer) {
 	if p.idle == 0 {
 		p.add(probeStep{"idle", stepSkipped, "not tried: -idle 120s shows whether the path survives silence", ""})
 		return
@@ -460,7 +460,7 @@ func (p *probe) quiet(ctx context.Context, claim, phone *wsPeer) {
 			p.add(probeStep{"idle", stepSkipped, "interrupted", ""})
 			return
 		case <-every:
-			p.tick(fmt.Sprintf("silent for %v of %v", time.Since(began).Round(time.Second), p.idle))
+			p.showProgress(fmt.Sprintf("silent for %v of %v", time.Since(began).Round(time.Second), p.idle))
 		case <-over:
 			late = time.After(stepTime)
 			phone.write(opText, []byte("1")) // if that fails, the session is over
@@ -479,7 +479,7 @@ func (p *probe) fail(name string, d diagnosis) { p.add(probeStep{name, stepFail,
 func (p *probe) add(s probeStep) {
 	s.Detail, s.Remedy = plain(s.Detail), plain(s.Remedy)
 	p.report.Steps = append(p.report.Steps, s)
-	if p.clear(); p.json {
+	if p.clearProgress(); p.json {
 		return
 	}
 	word := string(s.Verdict)
@@ -492,15 +492,15 @@ func (p *probe) add(s probeStep) {
 	}
 }
 
-// tick shows what is done just now, where that can be overwritten.
-func (p *probe) tick(text string) {
+// showProgress shows what is done just now, where that can be overwritten.
+func (p *probe) showProgress(text string) {
 	if p.live {
 		fmt.Fprintf(p.progress, "\r\x1b[K… %s", text)
 	}
 }
 
-// clear takes that away again.
-func (p *probe) clear() {
+// clearProgress takes that away again.
+func (p *probe) clearProgress() {
 	if p.live {
 		fmt.Fprint(p.progress, "\r\x1b[K")
 	}
@@ -508,7 +508,7 @@ func (p *probe) clear() {
 
 // note shows why it takes long.
 func (p *probe) note(text string) {
-	if p.tick(text); !p.live {
+	if p.showProgress(text); !p.live {
 		fmt.Fprintln(p.progress, text)
 	}
 }
@@ -569,9 +569,9 @@ func (h *household) join(ctx context.Context) (phone *wsPeer, t *dialTrace, err 
 	return phone, t, err
 }
 
-// astray reports whether a phone was told 4404 while the claim is held: the failure
+// misrouted reports whether a phone was told 4404 while the claim is held: the failure
 // that a second relay behind one name causes.
-func (h *household) astray(err error) bool {
+func (h *household) misrouted(err error) bool {
 	end, ok := errors.AsType[*endError](err)
 	if !ok || end.code != int(endNeverSeen.code()) || h.claim == nil {
 		return false
@@ -624,7 +624,7 @@ type answer struct {
 	header http.Header
 	text   string // the first line of a refusal
 
-	who      identity // the relay that gave the answer
+	instance identity // the relay that gave the answer
 	named    bool     // it gives its name
 	standing standing // of that relay
 	told     bool     // it says that, which older ones do not
@@ -640,9 +640,9 @@ func readAnswer(r io.Reader, asked time.Time) (a answer, err error) {
 		b, _ := io.ReadAll(io.LimitReader(resp.Body, maxRefusal)) // whatever came
 		a.text, _, _ = strings.Cut(strings.TrimSpace(string(b)), "\n")
 	}
-	who, notNamed := parseIdentity(a.header.Get(instanceHeader))
+	id, notNamed := parseIdentity(a.header.Get(instanceHeader))
 	s, notTold := parseStanding(a.header.Get(standingHeader))
-	a.who, a.named, a.standing, a.told = who, notNamed == nil, s, notTold == nil
+	a.instance, a.named, a.standing, a.told = id, notNamed == nil, s, notTold == nil
 	return a, nil
 }
 
@@ -734,7 +734,7 @@ func (d *dialer) connect(ctx context.Context) (net.Conn, error) {
 	first := d.n % len(d.addrs)
 	d.n++
 	turn := slices.Concat(d.addrs[first:], d.addrs[:first])
-	slices.SortStableFunc(turn, func(a, b netip.Addr) int { return int(truth(d.lost[a]) - truth(d.lost[b])) })
+	slices.SortStableFunc(turn, func(a, b netip.Addr) int { return int(boolToInt(d.lost[a]) - boolToInt(d.lost[b])) })
 	var failed error
 	for _, addr := range turn {
 		bounded, cancel := context.WithTimeout(ctx, patience)

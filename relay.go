@@ -421,7 +421,7 @@ func upgrade(w http.ResponseWriter, q *http.Request, extra http.Header) (nc net.
 	if err != nil {
 		return nil, nil, nil, fmt.Errorf("taking the connection over: %w", err)
 	}
-	if g, ok := nc.(*guest); ok {
+	if g, ok := nc.(*httpConn); ok {
 		nc = g.Conn
 	}
 	if n := rw.Reader.Buffered(); n > 0 {

@@ -933,7 +933,7 @@ func (c *publicCheck) join(ctx context.Context, h *household, here bool) outcome
 		return outcome{verdict: publicVerified}
 	case r.verdict == publicVerified:
 		return outcome{verdict: publicUnreachable, diagnosis: c.diagnose(t, err)}
-	case h.astray(err):
+	case h.misrouted(err):
 		return outcome{verdict: publicSplit}
 	default:
 		return r
@@ -951,7 +951,7 @@ func (c *publicCheck) open(ctx context.Context, role role, serverID string) (*ws
 // reached tells which relay got a request.
 func (c *publicCheck) reached(t *dialTrace, err error) outcome {
 	a := t.answer
-	here := a.named && a.who.id == c.me.id || !a.named && t.nonce // a proxy may take the header away
+	here := a.named && a.instance.id == c.me.id || !a.named && t.nonce // a proxy may take the header away
 	switch {
 	case a.code == 0, here && (a.code == http.StatusBadRequest || a.code == http.StatusUpgradeRequired):
 		// Peers get no further: something on the way takes their headers away.
@@ -960,10 +960,11 @@ func (c *publicCheck) reached(t *dialTrace, err error) outcome {
 		return outcome{verdict: publicVerified}
 	case a.named && (a.standing.drains || a.standing.waits && !c.state.waits.Load()):
 		// No phone is lost there, only delayed.
-		return outcome{verdict: publicUnreachable, diagnosis: diagnosis{"another relay, " + a.who.id + ", answers as well and lets nobody in",
+		return outcome{verdict: publicUnreachable, diagnosis: diagnosis{
+			"another relay, " + a.instance.id + ", answers as well and lets nobody in",
 			"if this is no update, which ends by itself, stop that relay: it waits for this one to go, or is about to stop"}}
 	case a.named:
-		o := rival{identity: a.who, asked: a.asked, told: a.told, theirs: a.standing, mine: c.standing()}
+		o := rival{identity: a.instance, asked: a.asked, told: a.told, theirs: a.standing, mine: c.standing()}
 		o.mine.age -= time.Since(a.asked)
 		if c.refusal != nil && o.stays(c.me) {
 			c.refusal.Stop() // judge decides
@@ -1023,7 +1024,7 @@ func (c *publicCheck) judge(f roundResult, now time.Time) error {
 		c.admit()
 	}
 	was, saw, before := c.state.verdict(), f.verdict == publicSplit, c.suspected
-	c.sightings = (c.sightings<<1 | uint32(truth(saw && !f.none))) & (1<<splitWindow - 1)
+	c.sightings = (c.sightings<<1 | uint32(boolToInt(saw && !f.none))) & (1<<splitWindow - 1)
 	c.suspected = saw && was != publicSplit && !before
 	switch {
 	case c.suspected && bits.OnesCount32(c.sightings) < splitSightings:
