@@ -232,6 +232,8 @@ func holdInstance(o options, log *slog.Logger, state *instanceState, info lockIn
 	return lock, nil
 }
 
+// ---- the listeners, and the stop ----
+
 // httpServer is a listener and what serves it.
 type httpServer struct {
 	httpListener

@@ -167,7 +167,7 @@ func openFiles() (n int64, ok bool) {
 	return int64(len(names)) - 1, err == nil // the directory itself is one
 }
 
-// ---- words ----
+// ---- the words for reasons ----
 
 // Every word that tells why something ended or was left out, once. The same
 // words stand in logs, metrics, close frames and docs/protocol.md.

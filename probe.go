@@ -203,7 +203,7 @@ func (p *probe) run(ctx context.Context) bool {
 	return p.report.OK
 }
 
-// ---- its steps, in their order on the way ----
+// ---- the steps, in their order on the way ----
 
 func (p *probe) steps(ctx context.Context) {
 	h := newHousehold(p.open)
@@ -468,7 +468,7 @@ func (p *probe) stayIdle(ctx context.Context, claim, phone *wsPeer) {
 	}
 }
 
-// ---- what it shows ----
+// ---- what the command shows ----
 
 func (p *probe) pass(name, detail string)      { p.add(probeStep{name, stepOK, detail, ""}) }
 func (p *probe) fail(name string, d diagnosis) { p.add(probeStep{name, stepFail, d.what, d.remedy}) }
@@ -590,7 +590,7 @@ func (h *household) close() {
 	}
 }
 
-// ---- one connection ----
+// ---- the client: one connection ----
 
 // dialStep is a step on the way to a session.
 type dialStep uint8

@@ -59,6 +59,8 @@ type server struct {
 	waiters    []*conn             // phones that joined in grace and whose held frames reached the limit
 }
 
+// ---- a binary's claim ----
+
 // askAhead is how many contenders are challenged before it is their turn. A
 // daemon whose path is lost so often within one challenge still waits for one,
 // and not for one after the other; and a newcomer costs that many pings at most.
@@ -271,6 +273,8 @@ func (g *registry) unregisterBinary(w *writeBatch, b *session) {
 	g.expire(w, w.now)
 }
 
+// ---- grace ----
+
 // stopGrace ends srv's grace, srv.mu held.
 func (g *registry) stopGrace(srv *server) {
 	g.graceMu.Lock()
@@ -325,6 +329,8 @@ func (g *registry) forget(w *writeBatch, srv *server) {
 		ph.startClose(w, endGraceExpired)
 	}
 }
+
+// ---- phones ----
 
 // join makes ph one of the phones of id. Where it is refused, text says more
 // than the reason does.
@@ -428,6 +434,8 @@ func (g *registry) count(srv *server, gauge *atomic.Int64, by int64) {
 		g.checks.Add(by)
 	}
 }
+
+// ---- recent claims ----
 
 // recentClaims remembers when server-ids were last held.
 type recentClaims struct {

@@ -541,6 +541,8 @@ func (s *session) log(msg string, attrs ...any) {
 	s.relay.log.Log(context.Background(), level, msg, append([]any{"leg", s.role, "conn", s.id, "server", s.server.id}, attrs...)...)
 }
 
+// ---- messages between a binary and its phones ----
+
 // message takes a message to the other side.
 func (s *session) message(w *writeBatch, op byte, p []byte) {
 	if s.role == rolePhone {
@@ -688,6 +690,8 @@ func (s *session) drop(w *writeBatch, level slog.Level, reason dropReason) {
 	}
 }
 
+// ---- the end of a session ----
+
 // unregister is handler's: the registry lets go of a session whose end is decided.
 func (s *session) unregister(w *writeBatch, _ closeReason, code uint16) {
 	switch {
@@ -738,7 +742,7 @@ func (r *relay) everySession(all []*session) []*session {
 	return slices.AppendSeq(slices.Grow(all, len(r.sessions)), maps.Keys(r.sessions))
 }
 
-// ---- time ----
+// ---- the clock and the sweep ----
 
 // clock measures the time in which the process runs. Where a container's pause, a
 // debugger or a machine without a free processor stops it, what peers sent

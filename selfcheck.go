@@ -749,7 +749,7 @@ func (c *publicCheck) await(ctx context.Context, wait time.Duration) bool {
 	}
 }
 
-// ---- one round of it ----
+// ---- one round of the check ----
 
 // A round is a claim, and phones that join it, all from outside. A phone that gets
 // 4404 while the claim is held is the failure that is looked for; instanceHeader
@@ -1004,7 +1004,7 @@ func (c *publicCheck) upTo(d time.Duration) time.Duration {
 	return mrand.N(d + 1)
 }
 
-// ---- what becomes of it ----
+// ---- the verdict ----
 
 // judge makes a verdict of a round. An error names the relay for which this one gives
 // way. One round alone is no split: while a relay is replaced both answer for a moment.

@@ -139,7 +139,7 @@ func (r *relay) status() statusReport {
 	return s
 }
 
-// ---- warnings of the log that hold on ----
+// ---- warnings that hold on ----
 
 // warning is such a line.
 type warning struct {
@@ -190,7 +190,7 @@ func (r *relay) warnings() []warning {
 	return all
 }
 
-// ---- what has been ----
+// ---- what the page remembers ----
 
 // recent keeps the latest of what is added.
 type recent[T any] struct {
