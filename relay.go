@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"bytes"
 	"cmp"
 	"context"
 	"encoding/base64"
@@ -161,12 +162,9 @@ func (r *relay) ServeHTTP(w http.ResponseWriter, q *http.Request) {
 		json.NewEncoder(w).Encode(r.health())
 	case "/readyz":
 		maps.Copy(w.Header(), r.greeting())
-		switch {
-		case r.draining.Load():
-			http.Error(w, "draining", http.StatusServiceUnavailable)
-		case r.instance.waits.Load():
-			http.Error(w, "checking", http.StatusServiceUnavailable)
-		default:
+		if refused := r.refusesAll(); refused != nil {
+			http.Error(w, refused.outcome.String(), refused.status)
+		} else {
 			io.WriteString(w, "ready\n")
 		}
 	case "/":
@@ -269,11 +267,8 @@ func (r *relay) suggestName(q *http.Request) {
 // gates are what stands before an upgrade, in the contract's order. A request that
 // passes them is counted until leave.
 func (r *relay) gates(q *http.Request, from caller) *refusal {
-	switch {
-	case r.draining.Load():
-		return &refusedDraining
-	case r.instance.waits.Load() && !from.probe:
-		return &refusedChecking
+	if refused := r.refusesAll(); refused != nil && (refused != &refusedChecking || !from.probe) {
+		return refused
 	}
 	if !from.probe {
 		if ok, wait := r.rates.allow(from.addr); !ok {
@@ -300,6 +295,17 @@ var (
 	refusedFull = refusal{http.StatusServiceUnavailable, upgradeFull,
 		"this relay has all the connections it may have: try again", 30 * time.Second}
 )
+
+// refusesAll is why nobody is let in, if that is so.
+func (r *relay) refusesAll() *refusal {
+	switch {
+	case r.draining.Load():
+		return &refusedDraining
+	case r.instance.waits.Load():
+		return &refusedChecking
+	}
+	return nil
+}
 
 // enter counts an upgrade in.
 func (r *relay) enter(role role) *refusal {
@@ -424,10 +430,8 @@ func upgrade(w http.ResponseWriter, q *http.Request, extra http.Header) (nc net.
 	if g, ok := nc.(*httpConn); ok {
 		nc = g.Conn
 	}
-	if n := rw.Reader.Buffered(); n > 0 {
-		first = make([]byte, n)
-		rw.Read(first) // they are there
-	}
+	read, _ := rw.Reader.Peek(rw.Reader.Buffered())
+	first = append(first, read...) // none of the large buffer that it stands in
 	// The request that x/net sees has nothing in it but the handshake: it would act
 	// on the rest, and answer to a subprotocol.
 	slim := &http.Request{Method: http.MethodGet, Host: "relay", URL: &url.URL{Path: "/"}, Header: http.Header{
@@ -446,7 +450,7 @@ func upgrade(w http.ResponseWriter, q *http.Request, extra http.Header) (nc net.
 		nc.Close()
 		return nil, nil, nil, errors.New("x/net/websocket refused a handshake that was checked")
 	}
-	return nc, first, h.answer, nil
+	return nc, first, h.answer.Bytes(), nil
 }
 
 // answerWriter is what x/net takes for a response and its connection. It keeps what
@@ -454,7 +458,7 @@ func upgrade(w http.ResponseWriter, q *http.Request, extra http.Header) (nc net.
 type answerWriter struct {
 	http.ResponseWriter // none: x/net calls Hijack only
 	net.Conn            // none: x/net calls Write and Close only
-	answer              []byte
+	answer              bytes.Buffer
 }
 
 func (h *answerWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
@@ -462,12 +466,8 @@ func (h *answerWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
 	return h, bufio.NewReadWriter(bufio.NewReaderSize(strings.NewReader(""), 16), bufio.NewWriterSize(h, 512)), nil
 }
 
-func (h *answerWriter) Write(p []byte) (int, error) {
-	h.answer = append(h.answer, p...)
-	return len(p), nil
-}
-
-func (h *answerWriter) Close() error { return nil }
+func (h *answerWriter) Write(p []byte) (int, error) { return h.answer.Write(p) }
+func (h *answerWriter) Close() error                { return nil }
 
 // ---- sessions ----
 

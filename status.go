@@ -116,17 +116,11 @@ func (r *relay) status() statusReport {
 			s.Refusals[c.String()] += m.closes[leg][c].Load()
 		}
 	}
-	refuses := warning{Level: slog.LevelError}
-	switch {
-	case r.draining.Load():
-		refuses.Text = refusedDraining.text
-	case r.instance.waits.Load():
-		refuses.Text = refusedChecking.text
-	case s.Connections >= s.MaxConnections:
-		refuses.Text, refuses.Remedy = refusedFull.text, "raise -max-connections if they are yours, or limit connections in the proxy"
-	}
-	if refuses.Text != "" {
-		s.Warnings = append(s.Warnings, refuses)
+	if refused := r.refusesAll(); refused != nil {
+		s.Warnings = append(s.Warnings, warning{Level: slog.LevelError, Text: refused.text})
+	} else if s.Connections >= s.MaxConnections {
+		s.Warnings = append(s.Warnings, warning{Level: slog.LevelError, Text: refusedFull.text,
+			Remedy: "raise -max-connections if they are yours, or limit connections in the proxy"})
 	}
 	slices.SortFunc(s.Warnings, func(a, b warning) int { return cmp.Or(cmp.Compare(b.Level, a.Level), cmp.Compare(a.Text, b.Text)) })
 	s.OK = len(s.Warnings) == 0 || s.Warnings[0].Level < slog.LevelError
