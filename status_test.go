@@ -428,13 +428,3 @@ func TestStatusCommandWatch(t *testing.T) {
 		t.Errorf("exit code %d, %s", code, errOut.String())
 	}
 }
-
-// TestStatusShortID: nobody claims a server-id with what is shown of it.
-func TestStatusShortID(t *testing.T) {
-	t.Parallel()
-	for id, want := range map[string]string{"": "…", "a": "…", "home": "ho…", "7c9e6679-7425-40de-944b-e07fc1f90ae7": "7c9e6679…"} {
-		if got := shortID(id); got != want {
-			t.Errorf("%q is shown as %q, want %q", id, got, want)
-		}
-	}
-}
