@@ -334,6 +334,8 @@ func (r *relay) count(role role) int {
 	return r.live[role]
 }
 
+func (r *relay) connections() int { return r.count(roleBinary) + r.count(rolePhone) }
+
 var serverIDPattern = regexp.MustCompile(`^[A-Za-z0-9._~-]{1,128}$`)
 
 // checkHeaders holds a request against the endpoint's own headers.
@@ -764,8 +766,8 @@ const (
 	// stallFrom is the time between two readings that counts as a stall. Four sweeps
 	// are more than a busy machine misses.
 	stallFrom = 4 * mostLate
-	// drainPause is how late a drain may notice that the last connection of a role has
-	// ended.
+	// drainPause is how late a drain may notice that the last phone, or the last binary,
+	// is gone.
 	drainPause = 10 * time.Millisecond
 	// trimFrom is the smallest wave of peers whose memory is worth a collection: 256
 	// sessions.
@@ -890,7 +892,7 @@ func (r *relay) halved(held int64) bool {
 
 // held is how many bytes peers hold, roughly.
 func (r *relay) held() int64 {
-	return int64(r.count(roleBinary)+r.count(rolePhone))*sessionCost + r.metrics.binariesInGrace.Load()*graceCost +
+	return int64(r.connections())*sessionCost + r.metrics.binariesInGrace.Load()*graceCost +
 		max(0, r.buffers.budget.used()-dailyBuffers)
 }
 
@@ -901,25 +903,20 @@ func (r *relay) held() int64 {
 // the relay is left. It is called once.
 func (r *relay) drain(patience time.Duration) {
 	r.draining.Store(true)
-	goodbye := func(roles ...role) func() {
-		return func() {
-			w := r.newBatch()
-			for _, s := range r.everySession(nil) {
-				if slices.Contains(roles, s.role) {
-					s.startClose(w, endShutdown)
-				}
+	// Again and again, for connections that were between request and session as well.
+	for end := time.Now().Add(patience); r.connections() > 0 && time.Now().Before(end); time.Sleep(drainPause) {
+		// A phone that does not answer must not cost the binaries their word.
+		binaries := r.count(rolePhone) == 0 || time.Until(end) < patience/2
+		w := r.newBatch()
+		for _, s := range r.everySession(nil) {
+			if s.role == rolePhone || binaries {
+				s.startClose(w, endShutdown)
 			}
-			w.flush()
 		}
+		w.flush()
 	}
-	end := time.Now().Add(patience)
-	// A phone that does not answer must not cost the binaries their word.
-	r.await(rolePhone, end.Add(-patience/2), goodbye(rolePhone))
-	r.await(roleBinary, end, goodbye(rolePhone, roleBinary))
-	r.await(rolePhone, end, func() {}) // their answers may be on their way
-	for r.count(rolePhone)+r.count(roleBinary) > 0 {
+	for ; r.connections() > 0; time.Sleep(drainPause) {
 		r.abortAll()
-		time.Sleep(drainPause)
 	}
 	r.stopSweep()
 	r.registry.expire(r.newBatch(), math.MaxInt64)
@@ -928,15 +925,6 @@ func (r *relay) drain(patience time.Duration) {
 	}
 	r.fallback.stop()
 	r.waker.stop()
-}
-
-// await calls nudge many times a second, for connections that were between request
-// and session as well, until none of a role is left or the end has come.
-func (r *relay) await(role role, end time.Time, nudge func()) {
-	for r.count(role) > 0 && time.Now().Before(end) {
-		nudge()
-		time.Sleep(drainPause)
-	}
 }
 
 // abortAll gives every session up.

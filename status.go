@@ -97,7 +97,7 @@ func (r *relay) status() statusReport {
 	m := r.metrics
 	s := statusReport{
 		healthReport: r.health(), HostCheck: "held", Warnings: r.warnings(), InGrace: m.binariesInGrace.Load(),
-		Connections: r.count(roleBinary) + r.count(rolePhone), MaxConnections: r.o.maxConnections,
+		Connections: r.connections(), MaxConnections: r.o.maxConnections,
 		Queued: m.budget.used(), MaxQueued: m.budget.limit, Traffic: r.history.all(), Closed: r.ended.all(),
 		Refusals: map[string]int64{},
 	}
