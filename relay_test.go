@@ -133,20 +133,11 @@ func TestRelayGates(t *testing.T) {
 		holder := r.mustDial("/v2/server", from(known, binaryHeaders("holder")))
 
 		good := []string{"x-pyrycode-server: holder", "user-agent: test", "x-pyrycode-version: 1"}
-		upgrade := []string{"Connection: keep-alive, Upgrade", "Upgrade: WebSocket"}
+		halfUpgrade := append(slices.Clip(good), "Connection: keep-alive, Upgrade")
+		upgrade := append(slices.Clip(halfUpgrade), "Upgrade: WebSocket")
 		const version, badVersion = "Sec-WebSocket-Version: 13", "Sec-WebSocket-Version: 12"
 		const key, badKey = "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==", "Sec-WebSocket-Key: short"
-		join := func(parts ...any) (lines []string) {
-			for _, p := range parts {
-				switch p := p.(type) {
-				case string:
-					lines = append(lines, p)
-				case []string:
-					lines = append(lines, p...)
-				}
-			}
-			return lines
-		}
+		with := func(lines []string, more ...string) []string { return slices.Concat(lines, more) }
 		type gate struct {
 			name, method, addr string
 			lines              []string
@@ -199,17 +190,17 @@ func TestRelayGates(t *testing.T) {
 		r.settle("the holder is gone", func() bool { return r.count(roleBinary) == 0 })
 		for _, g := range []gate{
 			{"headers", "POST", "", nil, 400, upgradeBadHeader, nil},
-			{"method", "POST", "", join(good, badVersion, badKey), 405, upgradeBadRequest, map[string]string{"Allow": "GET"}},
-			{"no upgrade", "GET", "", join(good, badVersion, badKey), 426, upgradeBadRequest,
+			{"method", "POST", "", with(good, badVersion, badKey), 405, upgradeBadRequest, map[string]string{"Allow": "GET"}},
+			{"no upgrade", "GET", "", with(good, badVersion, badKey), 426, upgradeBadRequest,
 				map[string]string{"Upgrade": "websocket", "Sec-WebSocket-Version": "13"}},
-			{"half of an upgrade", "GET", "", join(good, "Connection: Upgrade", version, key), 426, upgradeBadRequest, nil},
-			{"version", "GET", "", join(good, upgrade, badVersion, badKey), 426, upgradeBadRequest,
+			{"half of an upgrade", "GET", "", with(halfUpgrade, version, key), 426, upgradeBadRequest, nil},
+			{"version", "GET", "", with(upgrade, badVersion, badKey), 426, upgradeBadRequest,
 				map[string]string{"Upgrade": "websocket", "Sec-WebSocket-Version": "13"}},
-			{"no version", "GET", "", join(good, upgrade, key), 426, upgradeBadRequest, map[string]string{"Sec-WebSocket-Version": "13"}},
-			{"key", "GET", "", join(good, upgrade, version, badKey), 400, upgradeBadRequest, nil},
-			{"no key", "GET", "", join(good, upgrade, version), 400, upgradeBadRequest, nil},
-			{"two keys", "GET", "", join(good, upgrade, version, key, key), 400, upgradeBadRequest, nil},
-			{"none", "GET", "", join(good, upgrade, version, key), 101, upgradeAccepted,
+			{"no version", "GET", "", with(upgrade, key), 426, upgradeBadRequest, map[string]string{"Sec-WebSocket-Version": "13"}},
+			{"key", "GET", "", with(upgrade, version, badKey), 400, upgradeBadRequest, nil},
+			{"no key", "GET", "", with(upgrade, version), 400, upgradeBadRequest, nil},
+			{"two keys", "GET", "", with(upgrade, version, key, key), 400, upgradeBadRequest, nil},
+			{"none", "GET", "", with(upgrade, version, key), 101, upgradeAccepted,
 				map[string]string{"Sec-WebSocket-Accept": "s3pPLMBiTxaQ9kYGzzhZRbK+xOo="}},
 		} {
 			try(g)
@@ -256,60 +247,52 @@ func TestRelayConnectionCap(t *testing.T) {
 	}
 }
 
+// One header is changed at a time. Of several lines the first one counts.
 func TestRelayRequestHeaders(t *testing.T) {
 	t.Parallel()
-	type headers struct {
-		name   string
+	const id, agent, version = "X-Pyrycode-Server", "User-Agent", "X-Pyrycode-Version"
+	type change struct {
 		only   role // roleCount: both
-		change func(h http.Header)
+		header string
+		values []string // nil: the header is not there
 		ok     bool
 	}
-	tests := []headers{
-		{"as they are", roleCount, func(http.Header) {}, true},
-		{"no server-id", roleCount, func(h http.Header) { h.Del("X-Pyrycode-Server") }, false},
-		{"no user-agent", roleCount, func(h http.Header) { h.Del("User-Agent") }, false},
-		{"no version", roleBinary, func(h http.Header) { h.Del("X-Pyrycode-Version") }, false},
-		{"no version", rolePhone, func(h http.Header) { h.Del("X-Pyrycode-Version") }, true},
-		{"empty server-id", roleCount, func(h http.Header) { h.Set("X-Pyrycode-Server", "") }, false},
-		{"blank user-agent", roleCount, func(h http.Header) { h.Set("User-Agent", " \t") }, false},
-		{"blank version", roleBinary, func(h http.Header) { h.Set("X-Pyrycode-Version", " ") }, false},
-		{"blank server-id before a good one", roleCount, func(h http.Header) { h["X-Pyrycode-Server"] = []string{" ", "good"} }, false},
-		{"blank user-agent before a good one", roleCount, func(h http.Header) { h["User-Agent"] = []string{"", "good"} }, false},
-		{"good values before bad ones", roleCount, func(h http.Header) {
-			for _, name := range []string{"X-Pyrycode-Server", "User-Agent", "X-Pyrycode-Version"} {
-				if h[name] != nil {
-					h[name] = append(h[name], "", "no good")
-				}
-			}
-		}, true},
-		{"token and device name", roleCount, func(h http.Header) {
-			h.Set("X-Pyrycode-Token", "a-secret-token")
-			h.Set("X-Pyrycode-Device-Name", "Pixel 9")
-		}, true},
-		{"any origin", roleCount, func(h http.Header) { h.Set("Origin", "https://elsewhere.example") }, true},
-		{"null origin", roleCount, func(h http.Header) { h.Set("Origin", "null") }, true},
-		{"subprotocols and extensions", roleCount, func(h http.Header) {
-			h.Set("Sec-WebSocket-Protocol", "chat, superchat")
-			h.Set("Sec-WebSocket-Extensions", "permessage-deflate; client_max_window_bits")
-		}, true},
+	changes := []change{
+		{roleCount, id, nil, false},
+		{roleCount, agent, nil, false},
+		{roleBinary, version, nil, false},
+		{rolePhone, version, nil, true},
+		{roleCount, id, []string{""}, false},
+		{roleCount, agent, []string{" \t"}, false},
+		{roleBinary, version, []string{" "}, false},
+		{roleCount, id, []string{" ", "good"}, false},
+		{roleCount, agent, []string{"", "good"}, false},
+		{roleCount, id, []string{"good", "", "no good"}, true},
+		{roleCount, agent, []string{"good", ""}, true},
+		{roleBinary, version, []string{"good", ""}, true},
+		{roleCount, "X-Pyrycode-Token", []string{"a-secret-token"}, true},
+		{roleCount, "X-Pyrycode-Device-Name", []string{"Pixel 9"}, true},
+		{roleCount, "Origin", []string{"https://elsewhere.example"}, true},
+		{roleCount, "Origin", []string{"null"}, true},
+		{roleCount, "Sec-WebSocket-Protocol", []string{"chat, superchat"}, true},
+		{roleCount, "Sec-WebSocket-Extensions", []string{"permessage-deflate; client_max_window_bits"}, true},
 	}
-	for _, id := range []string{"a", strings.Repeat("x", 128), "ABCXYZabcxyz0189._~-", "3b8c6a0e-4a9c-4c55-9a3c-8c1a3a0b5f6d"} {
-		tests = append(tests, headers{"server-id " + id, roleCount, func(h http.Header) { h.Set("X-Pyrycode-Server", id) }, true})
+	for _, good := range []string{"a", strings.Repeat("x", 128), "ABCXYZabcxyz0189._~-", "3b8c6a0e-4a9c-4c55-9a3c-8c1a3a0b5f6d"} {
+		changes = append(changes, change{roleCount, id, []string{good}, true})
 	}
-	for _, id := range []string{strings.Repeat("x", 129), "two words", "a/b", "a,b", "a:b", "a%20b", "ä", "a\x7f", "\"a\"", "a+b"} {
-		tests = append(tests, headers{"server-id " + id, roleCount, func(h http.Header) { h.Set("X-Pyrycode-Server", id) }, false})
+	for _, bad := range []string{strings.Repeat("x", 129), "two words", "a/b", "a,b", "a:b", "a%20b", "ä", "a\x7f", "\"a\"", "a+b"} {
+		changes = append(changes, change{roleCount, id, []string{bad}, false})
 	}
 	onEach(t, testOptions(), func(t *testing.T, r *testRelay) {
 		for role, paths := range endpoints {
-			for i, tt := range tests {
-				if tt.only != roleCount && tt.only != role {
-					continue
-				}
+			for i, c := range changes {
 				h := phoneHeaders("good")
 				if role == roleBinary {
-					h = binaryHeaders(fmt.Sprintf("good-%d", i))
+					h = binaryHeaders("good")
 				}
-				tt.change(h)
+				if h[c.header] = c.values; c.only != roleCount && c.only != role {
+					continue
+				}
 				lines := []string{"GET " + paths[i%2] + " HTTP/1.1", "Host: relay", "Connection: Upgrade", "Upgrade: websocket",
 					"Sec-WebSocket-Version: 13", "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ=="}
 				for name, values := range h {
@@ -318,16 +301,11 @@ func TestRelayRequestHeaders(t *testing.T) {
 					}
 				}
 				resp, body := r.ask(lines...)
-				if want := map[bool]int{true: 101, false: 400}[tt.ok]; resp.StatusCode != want {
-					t.Errorf("%s, %s: %s %q, want %d", role, tt.name, resp.Status, body, want)
+				if want := map[bool]int{true: 101, false: 400}[c.ok]; resp.StatusCode != want {
+					t.Errorf("%s, %s %q: %s %q, want %d", role, c.header, c.values, resp.Status, body, want)
 				}
-				if !tt.ok {
-					continue
-				}
-				for _, name := range []string{"Sec-Websocket-Protocol", "Sec-Websocket-Extensions"} {
-					if v, ok := resp.Header[name]; ok {
-						t.Errorf("%s, %s: the relay negotiated %s %q", role, tt.name, name, v)
-					}
+				if negotiated := append(resp.Header["Sec-Websocket-Protocol"], resp.Header["Sec-Websocket-Extensions"]...); negotiated != nil {
+					t.Errorf("%s: the relay negotiated %q", role, negotiated)
 				}
 			}
 		}
