@@ -560,7 +560,9 @@ const (
 	// two relays, which is no fault as long as phones follow; with four relays
 	// one round in a hundred has no claim here.
 	maxClaims = 16
-	// maxMisses is how many claims may reach no relay at all.
+	// maxMisses claims that reach no relay at all end a round that has met none. If it has
+	// met another one they say nothing: a balancer that sticks by server-id may bring them to
+	// a third, which is down or waits, and the next one here.
 	maxMisses = 3
 	// elsewhereJoins are the phones that look whether they follow a claim on
 	// another relay, for the first elsewhereLooks of such claims.
@@ -803,9 +805,8 @@ func (c *publicCheck) look(ctx context.Context, joins int) (f roundResult) {
 	f.verdict = publicVerified
 	d := &c.dialer
 	clear(d.lost)
-	waits := c.state.waits.Load()
 	defer func() {
-		if o, _ := f.stayer(c.me); waits && o == nil && len(f.others) > 0 { // they wait, too: is there one for which?
+		if o, _ := f.stayer(c.me); c.state.waits.Load() && o == nil && len(f.others) > 0 { // they wait, too: is there one for which?
 			if g, yes := c.replaced(ctx, handOverIDs*(1+len(f.others))); yes {
 				f = g
 			}
@@ -813,7 +814,7 @@ func (c *publicCheck) look(ctx context.Context, joins int) (f roundResult) {
 		f.addrs = len(d.addrs)
 		f.unseen = slices.DeleteFunc(slices.Clone(d.addrs), func(a netip.Addr) bool { return !d.lost[a] })
 	}()
-	if waits {
+	if c.state.waits.Load() {
 		n := max(1, len(c.seen)) // the more take turns, the better one of them hides
 		if g, yes := c.replaced(ctx, n*handOverIDs); yes {
 			return g
@@ -823,7 +824,7 @@ func (c *publicCheck) look(ctx context.Context, joins int) (f roundResult) {
 		}
 	}
 	var elsewhere []outcome
-	for misses := 0; len(elsewhere)+misses < maxClaims && misses < maxMisses && ctx.Err() == nil; {
+	for misses := 0; len(elsewhere)+misses < maxClaims && (misses < maxMisses || len(elsewhere) > 0) && ctx.Err() == nil; {
 		follow := elsewhereJoins
 		if len(elsewhere) >= elsewhereLooks {
 			follow = 0
@@ -842,7 +843,7 @@ func (c *publicCheck) look(ctx context.Context, joins int) (f roundResult) {
 		}
 		c.rest(ctx)
 	}
-	f.none = f.verdict == publicVerified
+	f.none = true
 	for _, r := range elsewhere {
 		f.add(r)
 	}
@@ -852,7 +853,8 @@ func (c *publicCheck) look(ctx context.Context, joins int) (f roundResult) {
 // replaced reports whether another relay serves in this one's place, which is what f is
 // then. It asks for pages, since upgrades would use up the rate of all who share this
 // relay's address there; for each server-id twice, since a balancer that sticks by it
-// leads some to each relay for good: after a while there, a whole round decides.
+// leads some to each relay for good: after a while there, a whole round decides. Once
+// users are let in it decides in any case.
 func (c *publicCheck) replaced(ctx context.Context, ids int) (f roundResult, yes bool) {
 	f.verdict = publicVerified
 	here, there := 0, 0
@@ -860,7 +862,7 @@ func (c *publicCheck) replaced(ctx context.Context, ids int) (f roundResult, yes
 		id, met := probePrefix+rand.Text(), 0
 		for range 2 {
 			_, t, err := c.dialer.dial(ctx, rolePage, id, "")
-			if c.blind = !t.answer.named; c.blind {
+			if c.blind = !t.answer.named; c.blind || !c.state.waits.Load() {
 				return f, false
 			}
 			if r := c.reached(t, err); r.other.stays(c.me) {

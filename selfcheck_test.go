@@ -1407,6 +1407,26 @@ func TestPublicRoundThatWaits(t *testing.T) {
 	}
 }
 
+// TestPublicRoundLetsUsersInMeanwhile: pages that another relay has answered until then are
+// no split, only claims and phones are.
+func TestPublicRoundLetsUsersInMeanwhile(t *testing.T) {
+	t.Parallel()
+	o := testOptions()
+	o.publicURL = &url.URL{Scheme: "ws", Host: "relay.test"}
+	me, other := startRelay(t, o), startRelay(t, testOptions())
+	other.binary("home") // so it is the one to stay
+	front := startBalancer(t, nil, func(_ int, head string) string {
+		if strings.Contains(head, "/readyz") {
+			me.instance.waits.Store(false)
+			return other.addr
+		}
+		return me.addr
+	})
+	if f := checkOf(me, front.addr).look(t.Context(), firstJoins); f.verdict != publicVerified || f.joins != firstJoins || len(f.others) > 0 {
+		t.Errorf("%+v, want %d phones of which all came here", f, firstJoins)
+	}
+}
+
 func TestPublicRound(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {

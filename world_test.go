@@ -1265,6 +1265,30 @@ var cases = []kind{
 			}
 		}
 	}},
+	// Claims that met the third, which was waiting, ended rounds that had met the second: for
+	// want of a claim here they were sightings.
+	{"two, sticky by server-id, and a third that starts again and again", func(w *world) {
+		w.settle(3, 1, byID)
+		w.name[0].ready, w.name[0].strips, w.plan.slow = false, false, 50*time.Millisecond
+		w.calm(20*time.Minute, 20*time.Minute)
+		w.plan.noLoss = false // its server-ids move while it is down
+		for _, b := range w.boxes {
+			w.after(upTo(w.rand, 2*time.Second), b.start)
+		}
+		b := w.boxes[2]
+		b.again = time.Millisecond
+		for at := 12 * time.Second; at < w.plan.length; at += 12 * time.Second {
+			w.after(at, b.crash)
+		}
+	}},
+	{"two of three, sticky by server-id without fail-over", func(w *world) {
+		w.settle(3, 1, byIDStrictly)
+		w.name[0].ready, w.name[0].strips = false, false
+		w.calm(time.Hour, time.Hour)
+		for _, b := range w.boxes[1:] {
+			w.after(upTo(w.rand, 2*time.Second), b.start)
+		}
+	}},
 	// A clock that is unset while a relay runs knows no future, and so no id from there.
 	{"ids from a clock that was ahead, and a clock that loses its date", func(w *world) {
 		w.settle(1, 1, roundRobin)
@@ -1316,8 +1340,7 @@ var kinds = []kind{
 	}},
 	{"two relays, sticky by server-id", func(w *world) {
 		w.settle(2+w.rand.IntN(2), 1, byID)
-		w.name[0].ready = false                       // else only the first gets anything, and the others never see themselves
-		w.plan.slow = min(w.plan.slow, slowAnswer/20) // else one waits for longer than two rounds of the others
+		w.name[0].ready = false // else only the first gets anything, and the others never see themselves
 		w.calm(20*time.Minute, 12*time.Hour)
 		for _, b := range w.boxes {
 			w.after(upTo(w.rand, 2*time.Second), b.start)
