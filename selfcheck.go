@@ -644,6 +644,7 @@ type publicCheck struct {
 	bypass   bool
 	pace     checkPace
 	pause    time.Duration // at most, between two connections
+	held     int           // phones that are open side by side, at most
 	state    *instanceState
 	log      keptLog
 	round    func(ctx context.Context, joins int) roundResult // look
@@ -676,7 +677,7 @@ type observation struct {
 func newPublicCheck(o options, r *relay) *publicCheck {
 	c := &publicCheck{
 		me: r.id, began: r.started, standing: r.standing, keys: r.probes, bypass: o.bypass, pace: o.checkPace,
-		pause: min(o.checkPace.again/10, longestPause), state: r.instance, leave: make(chan error, 1),
+		pause: min(o.checkPace.again/10, longestPause), held: min(o.maxPhones, firstJoins), state: r.instance, leave: make(chan error, 1),
 		log: keptLog{r.log, &r.instance.publicWarning}, hints: r.hints,
 	}
 	if o.publicURL != nil {
@@ -886,10 +887,18 @@ func (c *publicCheck) replaced(ctx context.Context, ids int) (f roundResult, yes
 
 // tryID claims a new server-id and joins it, with so many phones if the claim is
 // held here, and so many if it is elsewhere. It returns what the claim reached; what
-// the phones do goes into f.
+// the phones do goes into f. They stay open as long as they may: a balancer by least
+// connections brings them here until they are as many as what the other relay has.
 func (c *publicCheck) tryID(ctx context.Context, joins, follow int, f *roundResult) outcome {
 	h := newHousehold(c.open)
 	defer h.close()
+	var phones []*wsPeer // that are open
+	end := func(most int) {
+		for ; len(phones) > most; phones = phones[1:] {
+			phones[0].close()
+		}
+	}
+	defer end(0)
 	t, err := h.hold(ctx)
 	at := c.reached(t, err)
 	switch {
@@ -898,7 +907,8 @@ func (c *publicCheck) tryID(ctx context.Context, joins, follow int, f *roundResu
 	case at.verdict == publicVerified:
 		for range max(joins, min(len(t.addrs), mostAddrs)) {
 			c.rest(ctx)
-			r := c.join(ctx, h, true)
+			end(c.held - 1)
+			r := c.join(ctx, h, true, &phones)
 			f.add(r)
 			f.joins++
 			if r.verdict != publicVerified {
@@ -911,7 +921,8 @@ func (c *publicCheck) tryID(ctx context.Context, joins, follow int, f *roundResu
 	case at.verdict == publicSplit:
 		for range follow {
 			c.rest(ctx)
-			switch r := c.join(ctx, h, false); {
+			end(c.held - 1)
+			switch r := c.join(ctx, h, false, &phones); {
 			case r.verdict == publicVerified:
 				f.add(outcome{verdict: publicSplit}) // the claim is over there, and this phone is here
 			case r.verdict == publicSplit && r.other.id != at.other.id:
@@ -922,11 +933,11 @@ func (c *publicCheck) tryID(ctx context.Context, joins, follow int, f *roundResu
 	return at
 }
 
-// join is one phone. Where the claim is here, its frame must come there and back.
-func (c *publicCheck) join(ctx context.Context, h *household, here bool) outcome {
+// join is one phone more. Where the claim is here, its frame must come there and back.
+func (c *publicCheck) join(ctx context.Context, h *household, here bool, phones *[]*wsPeer) outcome {
 	phone, t, err := h.join(ctx)
 	if phone != nil {
-		defer phone.close()
+		*phones = append(*phones, phone)
 	}
 	switch r := c.reached(t, err); {
 	case phone == nil, !here, h.claim == nil, r.verdict == publicSplit:

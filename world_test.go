@@ -1265,15 +1265,16 @@ func (u *user) roams() {
 
 // plan is what a world is about, and what has to hold in it.
 type plan struct {
-	kind   string
-	length time.Duration
-	slow   time.Duration   // an answer takes up to twice that
-	unseen map[[2]int]bool // box, address: from that box it can't be reached
-	calm   bool            // there is no split: nobody reports one, nobody leaves
-	noLoss bool            // no phone is told 4404 while its daemon is online elsewhere
-	alone  bool            // no relay lets anybody in while another one lets them in
-	split  time.Duration   // when a split begins, 0 for none
-	bound  time.Duration   // it is reported in that time, 0: nobody promises that
+	kind    string
+	length  time.Duration
+	daemons int             // 0: one to four
+	slow    time.Duration   // an answer takes up to twice that
+	unseen  map[[2]int]bool // box, address: from that box it can't be reached
+	calm    bool            // there is no split: nobody reports one, nobody leaves
+	noLoss  bool            // no phone is told 4404 while its daemon is online elsewhere
+	alone   bool            // no relay lets anybody in while another one lets them in
+	split   time.Duration   // when a split begins, 0 for none
+	bound   time.Duration   // it is reported in that time, 0: nobody promises that
 }
 
 // kind of worlds: what its name does not say is drawn.
@@ -1341,6 +1342,15 @@ var cases = []kind{
 				}
 			})
 		})
+	}},
+	// It saw itself only, as long as it held two connections at a time.
+	{"a second one by least connections, and few users", func(w *world) {
+		w.plan.daemons = 2
+		w.settle(2, 1, leastConnections)
+		w.name[0].ready, w.name[0].strips, w.plan.slow = false, false, 50*time.Millisecond
+		w.plan.length, w.plan.noLoss, w.plan.alone = 10*time.Minute, true, true
+		w.after(0, w.boxes[0].start)
+		w.after(2*time.Minute, w.boxes[1].start)
 	}},
 	// A clock that is unset while a relay runs knows no future, and so no id from there.
 	{"ids from a clock that was ahead, and a clock that loses its date", func(w *world) {
@@ -1612,7 +1622,7 @@ func (w *world) settle(boxes, addrs int, p policy) {
 		})
 	}
 	w.plan.slow = []time.Duration{2 * time.Millisecond, 50 * time.Millisecond, slowAnswer}[r.IntN(3)]
-	for i := range 1 + r.IntN(4) {
+	for i := range cmp.Or(w.plan.daemons, 1+r.IntN(4)) {
 		var daemon *user
 		for j := range 1 + r.IntN(3) {
 			u := &user{
