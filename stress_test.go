@@ -63,7 +63,7 @@ func TestStress(t *testing.T) {
 		// A run that hangs ends with its stacks, and does not outlive this process by much.
 		limit := time.Duration(stressNumber(t, "PYRYCODE_STRESS_SECONDS", 2))*time.Second + 4*time.Minute
 		c := exec.Command(os.Args[0], "-test.run=^TestStress$", "-test.v", "-test.timeout="+limit.String())
-		c.Env = append(os.Environ(), "PYRYCODE_STRESS_CHILD=1")
+		c.Env = append(os.Environ(), "PYRYCODE_STRESS_CHILD=1", "GOMAXPROCS=4") // for two loops
 		out, err := c.CombinedOutput()
 		if t.Logf("%s", out); err != nil {
 			t.Error(err)
