@@ -1450,6 +1450,8 @@ func TestPublicRound(t *testing.T) {
 			}
 		}), publicSplit, true, "", false},
 		{"sticky by server-id", through(func(me, other string) picker { return byServer(me, other) }), publicVerified, false, "", false},
+		{"sticky by server-id, which favors the other", through(func(me, other string) picker { return sticky(other, 29, me) }),
+			publicVerified, false, "", false},
 		{"another relay only", func(t *testing.T, _, other string) string { return other }, publicSplit, true, "", false},
 		{"another relay, and otherwise nothing", through(func(_, other string) picker { return inTurn("", other) }),
 			publicSplit, true, "", false},
@@ -1583,6 +1585,21 @@ func dropping(request, reply string) func(t *testing.T, me, other string) string
 		b := startBalancer(t, nil, always(me))
 		b.request, b.reply = without(request), without(reply)
 		return b.addr
+	}
+}
+
+// sticky brings so many server-ids there, and the others here, each of them always.
+func sticky(there string, n int, here string) picker {
+	ids := map[string]string{}
+	return func(_ int, head string) string {
+		id := probePrefix + strings.Fields(strings.SplitN(head, probePrefix, 2)[1])[0]
+		if ids[id] == "" {
+			ids[id] = there
+			if len(ids) > n {
+				ids[id] = here
+			}
+		}
+		return ids[id]
 	}
 }
 

@@ -1405,8 +1405,8 @@ var kinds = []kind{
 		w.settle(2+w.rand.IntN(2), 1, byID)
 		w.name[0].ready = false // else only the first gets anything, and the others never see themselves
 		w.calm(20*time.Minute, 12*time.Hour)
-		for _, b := range w.boxes {
-			w.after(upTo(w.rand, 2*time.Second), b.start)
+		for _, b := range w.boxes { // before one lets anybody in, whose server-id would move to the next
+			w.after(upTo(w.rand, max(2*w.plan.slow, 500*time.Millisecond)), b.start)
 		}
 	}},
 
