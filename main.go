@@ -81,8 +81,8 @@ func run(ctx context.Context, args []string, env map[string]string, stdout, stde
 		w.Close()
 	}
 	if err != nil {
-		// The last line is plain, whatever the format of the log: a person reads it, who
-		// starts a relay by hand or looks for why a service won't start.
+		// The last line is plain, whatever the format of the log: it is for a person that
+		// starts a relay by hand, or looks for why a service won't start.
 		fmt.Fprintf(stderr, "%s: refusing to start: %v\n", programName, err)
 	}
 	return code

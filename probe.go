@@ -257,7 +257,7 @@ func (p *probe) path(t *dialTrace, err error) {
 	host := p.dialer.base.Hostname()
 	addr, _ := netip.ParseAddr(host)
 	for step := stepDNS; step < stepSession; step++ {
-		took := age(t.took[step])
+		took := formatAge(t.took[step])
 		switch {
 		case step == stepTLS && p.dialer.base.Scheme == "ws":
 			p.add(probeStep{step.String(), stepSkipped, "ws:// has none: put a TLS proxy in front before others use it", ""})
@@ -292,7 +292,7 @@ func (p *probe) certificate(state *tls.ConnectionState, took string) {
 	c := slices.MinFunc(state.VerifiedChains[0], func(a, b *x509.Certificate) int { return a.NotAfter.Compare(b.NotAfter) })
 	end, left := c.NotAfter, time.Until(c.NotAfter)
 	p.report.CertificateExpires = &end
-	detail := fmt.Sprintf("%s, certificate good until %s, for %s (%s)", tls.VersionName(state.Version), day(end), age(left), took)
+	detail := fmt.Sprintf("%s, certificate good until %s, for %s (%s)", tls.VersionName(state.Version), formatDay(end), formatAge(left), took)
 	s := probeStep{"tls", stepOK, detail, ""}
 	if left < end.Sub(c.NotBefore)/renewalShare {
 		s.Verdict, s.Remedy = stepWarn, "renew the certificate now, and find out why that did not happen by itself"
@@ -377,7 +377,7 @@ func (p *probe) measure(phone *wsPeer) {
 	low, middle, high := took[0], took[len(took)/2], took[len(took)-1]
 	p.report.RoundTrip = &roundTripTimes{millis(low), millis(middle), millis(high)}
 	p.pass("round trip", fmt.Sprintf("phone to binary and back: min %s, median %s, max %s of %d",
-		age(low), age(middle), age(high), roundTrips))
+		formatAge(low), formatAge(middle), formatAge(high), roundTrips))
 }
 
 // sendLarge sends what is more than any buffer of a proxy, both ways.
@@ -392,7 +392,7 @@ func (p *probe) sendLarge(phone *wsPeer) {
 			"raise what limits messages in the proxy, and -max-frame if it is under 262144; " + d.remedy})
 		return
 	}
-	p.pass("large frame", "200 KiB there and back in "+age(time.Since(began)))
+	p.pass("large frame", "200 KiB there and back in "+formatAge(time.Since(began)))
 }
 
 // instances tells which relays answered, the oldest first.
@@ -405,7 +405,7 @@ func (p *probe) instances() {
 	}
 	var each []string
 	for _, m := range met {
-		each = append(each, fmt.Sprintf("%d of %d connections reached %s, up %s", m.Connections, total, m.ID, age(time.Since(m.since))))
+		each = append(each, fmt.Sprintf("%d of %d connections reached %s, up %s", m.Connections, total, m.ID, formatAge(time.Since(m.since))))
 	}
 	if p.silent > 0 {
 		each = append(each, fmt.Sprintf("%d of %d something that does not say who it is", p.silent, total))
@@ -438,7 +438,8 @@ func (p *probe) stayIdle(ctx context.Context, claim, phone *wsPeer) {
 		if end, ok := errors.AsType[*endError](err); ok && end.code == int(endShutdown.code()) { // said so: no timeout
 			remedy = diagnoseEnd(err).remedy
 		}
-		p.fail("idle", diagnosis{fmt.Sprintf("the %s connection was cut after %s of silence: %v", leg, age(time.Since(began)), err), remedy})
+		silence := formatAge(time.Since(began))
+		p.fail("idle", diagnosis{fmt.Sprintf("the %s connection was cut after %s of silence: %v", leg, silence, err), remedy})
 	}
 	var late <-chan time.Time
 	over := time.After(p.idle)
@@ -454,7 +455,7 @@ func (p *probe) stayIdle(ctx context.Context, claim, phone *wsPeer) {
 			cut("phone's", fmt.Errorf("a frame did not come back within %v", stepTime))
 			return
 		case <-phone.answers:
-			p.pass("idle", fmt.Sprintf("the path survived %s of silence", age(time.Since(began))))
+			p.pass("idle", fmt.Sprintf("the path survived %s of silence", formatAge(time.Since(began))))
 			return
 		case <-ctx.Done():
 			p.add(probeStep{"idle", stepSkipped, "interrupted", ""})
@@ -477,7 +478,7 @@ func (p *probe) fail(name string, d diagnosis) { p.add(probeStep{name, stepFail,
 // in it of others has been quoted; whatever slipped in otherwise does nothing to a
 // terminal.
 func (p *probe) add(s probeStep) {
-	s.Detail, s.Remedy = plain(s.Detail), plain(s.Remedy)
+	s.Detail, s.Remedy = printable(s.Detail), printable(s.Remedy)
 	p.report.Steps = append(p.report.Steps, s)
 	if p.clearProgress(); p.json {
 		return
@@ -988,7 +989,7 @@ func diagnose(base *url.URL, t *dialTrace, err error) (d diagnosis) {
 			d.remedy += "; if the port speaks TLS, use wss://"
 		}
 	}
-	d.what = plain(d.what)
+	d.what = printable(d.what)
 	return d
 }
 
@@ -1018,10 +1019,10 @@ func diagnoseTLS(base *url.URL, err error) diagnosis {
 		switch c := e.Cert; {
 		case e.Reason != x509.Expired: // told by its own words
 		case now.Before(c.NotBefore):
-			return diagnosis{"the certificate is valid from " + day(c.NotBefore) + " only",
+			return diagnosis{"the certificate is valid from " + formatDay(c.NotBefore) + " only",
 				"check the clock of this machine and of the one that made the certificate"}
 		default:
-			return diagnosis{fmt.Sprintf("the certificate expired on %s, %s ago", day(c.NotAfter), age(now.Sub(c.NotAfter))),
+			return diagnosis{fmt.Sprintf("the certificate expired on %s, %s ago", formatDay(c.NotAfter), formatAge(now.Sub(c.NotAfter))),
 				"renew the certificate, have the proxy load it, and find out why that did not happen by itself; check this machine's clock"}
 		}
 	case x509.HostnameError:
@@ -1126,9 +1127,9 @@ func quote(s string) string {
 	return strconv.Quote(s)
 }
 
-// plain escapes what a terminal would act on: control characters, and those that
+// printable escapes what a terminal would act on: control characters, and those that
 // change the direction of text. Errors of other packages hold what a server said.
-func plain(s string) string {
+func printable(s string) string {
 	var b strings.Builder
 	for i, r := range s {
 		switch {
@@ -1143,10 +1144,10 @@ func plain(s string) string {
 	return b.String()
 }
 
-func day(t time.Time) string { return t.UTC().Format(time.DateOnly) }
+func formatDay(t time.Time) string { return t.UTC().Format(time.DateOnly) }
 
-// age is a duration as a person says it.
-func age(d time.Duration) string {
+// formatAge is a duration as a person says it.
+func formatAge(d time.Duration) string {
 	d = max(d, 0)
 	switch {
 	case d >= 48*time.Hour:

@@ -297,7 +297,7 @@ func TestProbeGood(t *testing.T) {
 	for _, tt := range []struct{ target, dns, tcp, tls string }{
 		{"ws://" + r.addr, "127.0.0.1 is an address", "connected to " + r.addr, "ws:// has none"},
 		{"wss://" + onLocalhost(secured.addr), "localhost is ", "connected to 127.0.0.1:",
-			"TLS 1.3, certificate good until " + day(time.Now().Add(1000*time.Hour)) + ", for 41 days"},
+			"TLS 1.3, certificate good until " + formatDay(time.Now().Add(1000*time.Hour)) + ", for 41 days"},
 	} {
 		t.Run(tt.target[:3], func(t *testing.T) {
 			t.Parallel()
@@ -400,7 +400,7 @@ func TestProbeFails(t *testing.T) {
 	}{
 		{"wrong port", "ws://" + deadAddr(t), "tcp", "nothing listens there", "correct the port"},
 		{"expired certificate", secured(-72*time.Hour, "localhost"),
-			"tls", "the certificate expired on " + day(time.Now().Add(-72*time.Hour)) + ", 3 days ago", "renew the certificate"},
+			"tls", "the certificate expired on " + formatDay(time.Now().Add(-72*time.Hour)) + ", 3 days ago", "renew the certificate"},
 		{"certificate for another name", secured(1000*time.Hour, "other.test"),
 			"tls", `the certificate is for "other.test", not for localhost`, "a certificate for localhost"},
 		{"certificate that nobody trusts", secured(1000*time.Hour, "localhost"), "tls", "issuer is not trusted", "fullchain.pem"},

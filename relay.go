@@ -60,15 +60,15 @@ type relay struct {
 	registry registry
 	others   others
 
-	clock    clock
-	refusals logGate
-	drops    logGate
-	ignored  untrusted
-	named    atomic.Bool   // the log has said which name -public-url could be
-	hints    chan struct{} // that binaries may be at another relay; the check takes them
-	draining atomic.Bool   // nothing new is let in
-	peak     atomic.Int64  // what peers held at most since memory was given back; written by the sweep
-	sweptAt  atomic.Int64  // nanoseconds from started to the end of the latest sweep
+	clock         clock
+	refusals      logGate
+	drops         logGate
+	untrusted     untrusted
+	nameSuggested atomic.Bool   // the log has said which name -public-url could be
+	hints         chan struct{} // that binaries may be at another relay; the check takes them
+	draining      atomic.Bool   // nothing new is let in
+	peak          atomic.Int64  // what peers held at most since memory was given back; written by the sweep
+	sweptAt       atomic.Int64  // nanoseconds from started to the end of the latest sweep
 
 	stopSweep func() // waits for its end
 
@@ -230,7 +230,7 @@ func (r *relay) serve(w http.ResponseWriter, q *http.Request, role role) {
 	if token := q.Header.Get(probeHeader); token != "" {
 		from.probe = r.probes.valid(from.serverID, token)
 	}
-	if !from.proxied && len(q.Header["X-Forwarded-For"]) > 0 && r.ignored.first(peer) {
+	if !from.proxied && len(q.Header["X-Forwarded-For"]) > 0 && r.untrusted.first(peer) {
 		r.log.Warn(fmt.Sprintf("X-Forwarded-For from %s ignored: it is not in -trusted-proxies; "+
 			"all who come through it share one rate limit", from.addr))
 	}
@@ -258,7 +258,7 @@ var hostName = regexp.MustCompile(`^([a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?\.)+[a-z]
 // stranger has sent, so a person has to decide: the relay doesn't dial it.
 func (r *relay) suggestName(q *http.Request) {
 	name := strings.ToLower(cmp.Or(q.Header.Get("X-Forwarded-Host"), q.Host))
-	if len(name) <= 253 && hostName.MatchString(name) && !r.named.Swap(true) {
+	if len(name) <= 253 && hostName.MatchString(name) && !r.nameSuggested.Swap(true) {
 		r.log.Info(fmt.Sprintf("a binary came through a proxy by the name %q: if that is this relay's, -public-url wss://%[1]s "+
 			"has the relay check that no second one answers there", name))
 	}
@@ -873,7 +873,7 @@ func (r *relay) turning() bool {
 // alone, Go does it minutes later, at the pace of collections that an idle relay
 // does not have.
 func (r *relay) trim() {
-	if r.halved(r.held()) {
+	if r.halved(r.heldBytes()) {
 		runtime.GC() // pools of buffers let go at the second collection only
 		debug.FreeOSMemory()
 	}
@@ -890,8 +890,8 @@ func (r *relay) halved(held int64) bool {
 	return halved
 }
 
-// held is how many bytes peers hold, roughly.
-func (r *relay) held() int64 {
+// heldBytes is how many bytes peers hold, roughly.
+func (r *relay) heldBytes() int64 {
 	return int64(r.connections())*sessionCost + r.metrics.binariesInGrace.Load()*graceCost +
 		max(0, r.buffers.budget.used()-dailyBuffers)
 }

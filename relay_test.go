@@ -789,9 +789,9 @@ func TestSweepHeld(t *testing.T) {
 		}, dailyBuffers},
 	} {
 		leave := c.come()
-		eventually(t, c.name, func() bool { return r.held() == c.want })
+		eventually(t, c.name, func() bool { return r.heldBytes() == c.want })
 		leave()
-		eventually(t, c.name+" is gone", func() bool { return r.held() == 0 })
+		eventually(t, c.name+" is gone", func() bool { return r.heldBytes() == 0 })
 	}
 }
 

@@ -246,7 +246,7 @@ func (h *lockInfo) up(now time.Time) time.Duration {
 func (h *lockInfo) credible(now time.Time, me lockInfo) bool {
 	const longest = 100 * 365 * 24 * time.Hour
 	for _, s := range [...]string{h.Host, h.PIDSpace, h.Version, h.Instance, h.Listen, h.Admin} {
-		if len(s) > maxQuoted || plain(s) != s {
+		if len(s) > maxQuoted || printable(s) != s {
 			return false
 		}
 	}
@@ -1247,6 +1247,6 @@ func (c *publicCheck) sight(others []rival, now time.Time) error {
 		"answers to %s as well, seen %d times within %v; each has a registry of its own, and "+lostPhone+": "+
 		"this one (%s, up %s) stops, so that one goes on: %s; run exactly one behind that name, "+
 		"or, for an emergency or a migration only, set %s=1",
-		stays.id, age(stays.age(now)), stays.started.Format(time.RFC3339), c.url, s.rounds, now.Sub(s.first).Round(time.Second),
-		c.me.id, age(now.Sub(c.began)), why, bypassName)
+		stays.id, formatAge(stays.age(now)), stays.started.Format(time.RFC3339), c.url, s.rounds, now.Sub(s.first).Round(time.Second),
+		c.me.id, formatAge(now.Sub(c.began)), why, bypassName)
 }

@@ -46,7 +46,7 @@ var statusPolicy = sync.OnceValue(func() string {
 })
 
 // admin is what the admin listener serves. It has /healthz and /readyz, too, for
-// those who must not depend on what TLS the public listener speaks.
+// checks that must not depend on the TLS of the public listener.
 func (r *relay) admin() http.Handler {
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", r.metrics)
@@ -319,15 +319,15 @@ func ask(ctx context.Context, addr, path string, into any) error {
 	}
 	if err != nil {
 		return fmt.Errorf("no relay answers on %s (%s): see whether it runs (systemctl status pyrycode-relay, docker ps), "+
-			"and give the -admin that it is started with", addr, plain(err.Error()))
+			"and give the -admin that it is started with", addr, printable(err.Error()))
 	}
 	return nil
 }
 
 // line is the relay in one line.
 func (h *healthReport) line() string {
-	return plain(fmt.Sprintf("%s: %s %s, up %s, binaries %d, phones %d, public name %s",
-		h.Status, programName, h.Version, age(time.Duration(h.Uptime)*time.Second), h.Binaries, h.Phones, h.Check))
+	return printable(fmt.Sprintf("%s: %s %s, up %s, binaries %d, phones %d, public name %s",
+		h.Status, programName, h.Version, formatAge(time.Duration(h.Uptime)*time.Second), h.Binaries, h.Phones, h.Check))
 }
 
 // write shows what the page does, as far as the height of a terminal goes.
@@ -335,11 +335,11 @@ func (s *statusReport) write(out io.Writer) {
 	t := tabwriter.NewWriter(out, 0, 0, 2, ' ', 0)
 	row := func(cells ...string) {
 		for i, cell := range cells {
-			cells[i] = plain(cell)
+			cells[i] = printable(cell)
 		}
 		fmt.Fprintln(t, strings.Join(cells, "\t"))
 	}
-	fmt.Fprintf(t, "%s\n\n", plain(s.Summary))
+	fmt.Fprintf(t, "%s\n\n", printable(s.Summary))
 	for _, w := range s.Warnings {
 		for _, cells := range [...][]string{{strings.ToLower(w.Level.String()), w.Text}, {"found", w.Found}, {"remedy", w.Remedy}} {
 			if cells[1] != "" {
@@ -350,10 +350,10 @@ func (s *statusReport) write(out io.Writer) {
 	row("relay", s.line())
 	row("instance", s.Instance+", host lock "+s.HostCheck)
 	row("connections", fmt.Sprintf("%d of %d, binaries in grace %d", s.Connections, s.MaxConnections, s.InGrace))
-	row("queues", size(float64(s.Queued))+" of "+size(float64(s.MaxQueued)))
+	row("queues", formatSize(float64(s.Queued))+" of "+formatSize(float64(s.MaxQueued)))
 	now := append([]traffic{{}}, s.Traffic...)[len(s.Traffic)]
-	row("up", fmt.Sprintf("%.4g frames/s, %s/s", now[0], size(now[2])))
-	row("down", fmt.Sprintf("%.4g frames/s, %s/s", now[1], size(now[3])))
+	row("up", fmt.Sprintf("%.4g frames/s, %s/s", now[0], formatSize(now[2])))
+	row("down", fmt.Sprintf("%.4g frames/s, %s/s", now[1], formatSize(now[3])))
 	for _, cause := range slices.Sorted(maps.Keys(s.Refusals)) {
 		if n := s.Refusals[cause]; n > 0 {
 			row("refused", fmt.Sprintf("%d: %s", n, cause))
@@ -363,14 +363,15 @@ func (s *statusReport) write(out io.Writer) {
 	fmt.Fprintln(t)
 	row("ended", "leg", "server", "lasted", "frames", "bytes", "code", "reason")
 	for _, c := range s.Closed[:min(12, len(s.Closed))] {
-		row(c.Ended.Local().Format(time.TimeOnly), c.Leg, c.Server, age(time.Duration(c.Duration)*time.Millisecond),
-			fmt.Sprintf("%d/%d", c.FramesIn, c.FramesOut), size(float64(c.BytesIn))+"/"+size(float64(c.BytesOut)), fmt.Sprint(c.Code), c.Reason)
+		row(c.Ended.Local().Format(time.TimeOnly), c.Leg, c.Server, formatAge(time.Duration(c.Duration)*time.Millisecond),
+			fmt.Sprintf("%d/%d", c.FramesIn, c.FramesOut), formatSize(float64(c.BytesIn))+"/"+formatSize(float64(c.BytesOut)),
+			fmt.Sprint(c.Code), c.Reason)
 	}
 	t.Flush()
 }
 
-// size is a number of bytes as a person reads it.
-func size(n float64) string {
+// formatSize is a number of bytes as a person reads it.
+func formatSize(n float64) string {
 	unit := 0
 	for ; n >= 1000 && unit < 4; unit++ {
 		n /= 1024
