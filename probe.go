@@ -821,8 +821,6 @@ func (e *endError) Error() string {
 	return fmt.Sprintf("closed %d %s", e.code, quote(e.reason))
 }
 
-func (e *endError) Unwrap() error { return e.err }
-
 // upgrade makes the opening handshake. x/net keeps the answer to itself and reads
 // a head without end to its end, so that the head is recorded on its way, and bounded.
 func (c *wsPeer) upgrade(config *websocket.Config) (answer, error) {
