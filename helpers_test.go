@@ -834,11 +834,7 @@ type program struct {
 // form NAME=value and like args overrides that; nothing is inherited.
 func startProgram(t testing.TB, env []string, args ...string) *program {
 	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return startCommand(t, exec.Command(self, args...), env)
+	return startCommand(t, exec.Command(os.Args[0], args...), env)
 }
 
 func startCommand(t testing.TB, cmd *exec.Cmd, env []string) *program {

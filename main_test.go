@@ -95,14 +95,15 @@ func TestProgramStopsBySignal(t *testing.T) {
 	})
 }
 
+// shell does something before it becomes the program.
+func shell(before string, args ...string) *exec.Cmd {
+	return exec.Command("sh", append([]string{"-c", before + `; exec "$0" "$@"`, os.Args[0]}, args...)...)
+}
+
 // startShell starts the program behind a command of the shell.
 func startShell(t testing.TB, env []string, before string, args ...string) *program {
 	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return startCommand(t, exec.Command("sh", append([]string{"-c", before + `; exec "$0" "$@"`, self}, args...)...), env)
+	return startCommand(t, shell(before, args...), env)
 }
 
 func TestProgramStopsAtOnceBySecondSignal(t *testing.T) {
@@ -208,10 +209,7 @@ func TestProgramAnswersWhatItHasAccepted(t *testing.T) {
 
 func TestProgramPortInUse(t *testing.T) {
 	t.Parallel()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	ln := onLoopback(t)
 	t.Cleanup(func() { ln.Close() })
 	addr := ln.Addr().String()
 	for args, words := range map[string]string{
@@ -655,10 +653,6 @@ func TestLogLevel(t *testing.T) {
 // it counts.
 func TestLogWithoutReader(t *testing.T) {
 	t.Parallel()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
 	for level, spoil := range map[string]func(r, w *os.File){
 		"debug": func(_, w *os.File) {
 			w.SetWriteDeadline(time.Now().Add(100 * time.Millisecond))
@@ -677,7 +671,7 @@ func TestLogWithoutReader(t *testing.T) {
 			defer w.Close()
 			defer r.Close()
 			spoil(r, w)
-			cmd := exec.Command(self, "-log-level", level)
+			cmd := exec.Command(os.Args[0], "-log-level", level)
 			cmd.Stderr = w
 			p := startCommand(t, cmd, nil).find()
 			if level == "info" { // whose reader is gone

@@ -9,7 +9,6 @@ import (
 	"net/http/httptest"
 	"net/http/httputil"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -164,11 +163,7 @@ func TestManagerWatchdog(t *testing.T) {
 // startPassed starts the program with descriptors from 3 on.
 func startPassed(t *testing.T, env []string, files []*os.File, args ...string) *program {
 	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	cmd := exec.Command("sh", append([]string{"-c", `LISTEN_PID=$$ exec "$0" "$@"`, self}, args...)...)
+	cmd := shell("export LISTEN_PID=$$", args...)
 	cmd.ExtraFiles = files
 	return startCommand(t, cmd, append(env, fmt.Sprint("LISTEN_FDS=", len(files))))
 }

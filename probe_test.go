@@ -39,10 +39,7 @@ import (
 // serveRaw listens until the test ends and speaks with each connection.
 func serveRaw(t testing.TB, config *tls.Config, speak func(net.Conn)) (addr string) {
 	t.Helper()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
+	ln := onLoopback(t)
 	addr = ln.Addr().String()
 	if config != nil {
 		ln = tls.NewListener(ln, config)

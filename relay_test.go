@@ -363,13 +363,9 @@ func (c watchedConn) Write(p []byte) (int, error) {
 // a phone that comes right behind its binary above all.
 func TestUpgradeMeansRegistered(t *testing.T) {
 	t.Parallel()
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
 	var r *testRelay
 	var binaries, phones, answers atomic.Int64
-	r = startRelayOn(t, testOptions(), watchedListener{ln, func(p []byte) {
+	r = startRelayOn(t, testOptions(), watchedListener{onLoopback(t), func(p []byte) {
 		if bytes.HasPrefix(p, []byte("HTTP/1.1 101")) {
 			answers.Add(1)
 			binaries.Store(r.metrics.connectedBinaries.Load())
