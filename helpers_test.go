@@ -186,11 +186,13 @@ func (r *testRelay) holder(id string) *session {
 
 // ---- what a scenario runs on ----
 
+// onLoopback listens until the end of the test.
 func onLoopback(t testing.TB) net.Listener {
 	ln, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { ln.Close() })
 	return ln
 }
 
@@ -888,6 +890,13 @@ func freeLock(t testing.TB) string {
 
 // listeningLine is that of both formats.
 var listeningLine = regexp.MustCompile(`msg"?[=:]"?listening"?[ ,]"?addr"?[=:]"?([^ "]+)"?[ ,]"?admin"?[=:]"?([^ "]+)`)
+
+// metric reads a sample of the program's.
+func (p *program) metric(series string) float64 {
+	p.t.Helper()
+	_, page := fetch(p.t, "http://"+p.admin+"/metrics")
+	return samples(p.t, page)[series]
+}
 
 // listening waits until the relay serves, and returns it.
 func (p *program) listening() *program {

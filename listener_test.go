@@ -323,10 +323,7 @@ func TestListenerProxyAddress(t *testing.T) {
 			p.said("addr=203.0.113.4")
 			p.said("PROXY header refused")
 			silent.Close()
-			eventually(t, "the three without a header are counted", func() bool {
-				_, page := fetch(t, "http://"+p.admin+"/metrics")
-				return samples(t, page)["proxy_headers_refused_total"] == 3
-			})
+			eventually(t, "the three without a header are counted", func() bool { return p.metric("proxy_headers_refused_total") == 3 })
 		})
 	}
 	p := startProgram(t, nil, "-proxy-protocol", "-trusted-proxies=10.0.0.0/8", "-log-level=debug").listening()
@@ -486,8 +483,7 @@ func TestListenerCertificateReload(t *testing.T) {
 	os.WriteFile(filepath.Join(dir, "key.pem"), []byte("no key"), 0o600)
 	p.signal(syscall.SIGHUP)
 	p.said("the certificate was not replaced: -tls-cert")
-	_, page := fetch(t, "http://"+p.admin+"/metrics")
-	if n := samples(t, page)["tls_reload_failures_total"]; n != 1 || !shows(second) {
+	if n := p.metric("tls_reload_failures_total"); n != 1 || !shows(second) {
 		t.Errorf("%v failures, want 1, or not the certificate of before", n)
 	}
 	if s := getStatus(t, p.admin); !strings.HasPrefix(s.Summary, "the certificate was not replaced: -tls-cert") || !s.OK ||

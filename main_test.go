@@ -210,7 +210,6 @@ func TestProgramAnswersWhatItHasAccepted(t *testing.T) {
 func TestProgramPortInUse(t *testing.T) {
 	t.Parallel()
 	ln := onLoopback(t)
-	t.Cleanup(func() { ln.Close() })
 	addr := ln.Addr().String()
 	for args, words := range map[string]string{
 		"-listen " + addr:                       "-listen " + addr + " is in use",
@@ -675,10 +674,7 @@ func TestLogWithoutReader(t *testing.T) {
 			cmd.Stderr = w
 			p := startCommand(t, cmd, nil).find()
 			if level == "info" { // whose reader is gone
-				lost := func() float64 {
-					_, page := fetch(t, "http://"+p.admin+"/metrics")
-					return samples(t, page)["log_lines_lost_total"]
-				}
+				lost := func() float64 { return p.metric("log_lines_lost_total") }
 				eventually(t, "the lines of the start are counted", func() bool { return lost() >= 2 })
 				before := lost()
 				p.connect("/v2/server", binaryHeaders("other"))

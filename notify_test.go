@@ -185,7 +185,6 @@ func fileOf(t *testing.T, socket any, err error) *os.File {
 func TestManagerPassesSockets(t *testing.T) {
 	t.Parallel()
 	public, admin := onLoopback(t), onLoopback(t)
-	t.Cleanup(func() { public.Close(); admin.Close() })
 	files := []*os.File{fileOf(t, public, nil), fileOf(t, admin, nil)}
 	for _, c := range []struct {
 		names string
@@ -209,7 +208,6 @@ func TestManagerPassesSockets(t *testing.T) {
 func TestManagerPassesWhatIsNoSocket(t *testing.T) {
 	t.Parallel()
 	ln := onLoopback(t)
-	t.Cleanup(func() { ln.Close() })
 	nc, err := net.Dial("tcp", ln.Addr().String())
 	connection := fileOf(t, nc, err)
 	packets, err := net.ListenPacket("udp", "127.0.0.1:0")
@@ -256,7 +254,6 @@ func TestManagerPassesWhatIsNoSocket(t *testing.T) {
 func TestManagerKeepsSocketOverRestart(t *testing.T) {
 	t.Parallel()
 	ln := onLoopback(t)
-	t.Cleanup(func() { ln.Close() })
 	socket, lock := []*os.File{fileOf(t, ln, nil)}, freeLock(t)
 	start := func() *program {
 		return startPassed(t, nil, socket, "-instance-lock", lock, "-rate-per-minute", "0", "-max-phones", "256")
@@ -386,7 +383,6 @@ func TestWakeSendsFixedText(t *testing.T) {
 func TestWakeBounds(t *testing.T) {
 	t.Parallel()
 	silent := onLoopback(t) // nobody accepts
-	t.Cleanup(func() { silent.Close() })
 	k, logs := startWaker(t, "http://"+silent.Addr().String()+"/topic")
 	minute := int64(time.Minute)
 	k.wake("first", minute)
@@ -436,7 +432,6 @@ func TestWakeFailures(t *testing.T) {
 	}
 	raw := func(answer string) string {
 		ln := onLoopback(t)
-		t.Cleanup(func() { ln.Close() })
 		go func() {
 			for {
 				nc, err := ln.Accept()
@@ -453,7 +448,6 @@ func TestWakeFailures(t *testing.T) {
 	}
 	served := func(h http.HandlerFunc) string { base, _ := wakeTarget(t, h); return base }
 	silent := onLoopback(t)
-	t.Cleanup(func() { silent.Close() })
 	secure := httptest.NewUnstartedServer(http.HandlerFunc(ok))
 	secure.Config.ErrorLog = log.New(io.Discard, "", 0)
 	secure.StartTLS()
