@@ -448,16 +448,18 @@ func upgradeHead(swap ...string) string {
 	return head
 }
 
+// headLines are n lines of a head, with a number in each.
+func headLines(n int, format string) string {
+	var b strings.Builder
+	for i := range n {
+		fmt.Fprintf(&b, format, i)
+	}
+	return b.String()
+}
+
 // oddRequests are what parsers of HTTP have disagreed about.
 func oddRequests() (all []string) {
 	const host, agent, end = "Host: relay.example.com\r\n", "User-Agent: app/1\r\n", "\r\n\r\n"
-	lines := func(n int, line string) string {
-		var b strings.Builder
-		for i := range n {
-			fmt.Fprintf(&b, line, i)
-		}
-		return b.String()
-	}
 	for _, h := range []string{"", "Host:\r\n", "Host: a b\r\n", "Host: a\r\nHost: b\r\n", "Host: a/b\r\n", "Host: a\x00b\r\n",
 		"host : a\r\n", "Host: [::1]:80\r\n", "Host: ü\r\n"} {
 		all = append(all, upgradeHead(host, h))
@@ -481,11 +483,11 @@ func oddRequests() (all []string) {
 		"Cookie: a=b\r\n",
 		"X-Long: " + strings.Repeat("a", 3000) + "\r\n", "X-Long: " + strings.Repeat("a", 5000) + "\r\n",
 		"X-Long: " + strings.Repeat("a", 7600) + "\r\n",
-		"X-Long: " + strings.Repeat("a", 9000) + "\r\n", "X-Long: " + strings.Repeat("a", 30000) + "\r\n", strings.Repeat("b",
-			4000) + ": x\r\n", strings.Repeat("c", 9000),
-		lines(50, "X-%d: a\r\n"), lines(91, "X-%d: a\r\n"), lines(92, "X-%d: a\r\n"), lines(93, "X-%d: a\r\n"), lines(92, "X-%d: a\n"),
-		lines(93, "X-%d: a\n"), lines(400, "X-%d: a\r\n"), lines(2000, "%d:\n"), lines(92, "X: %d\r\n a\r\n"),
-		lines(95, "X-%d: a\r\n") + "Bad Name: x\r\n", lines(80, "X-%d: a\r\n") + "Bad Name: x\r\n",
+		"X-Long: " + strings.Repeat("a", 9000) + "\r\n", "X-Long: " + strings.Repeat("a", 30000) + "\r\n",
+		strings.Repeat("b", 4000) + ": x\r\n", strings.Repeat("c", 9000),
+		headLines(50, "X-%d: a\r\n"), headLines(91, "X-%d: a\r\n"), headLines(92, "X-%d: a\r\n"), headLines(93, "X-%d: a\r\n"),
+		headLines(92, "X-%d: a\n"), headLines(93, "X-%d: a\n"), headLines(400, "X-%d: a\r\n"), headLines(2000, "%d:\n"),
+		headLines(92, "X: %d\r\n a\r\n"), headLines(95, "X-%d: a\r\n") + "Bad Name: x\r\n", headLines(80, "X-%d: a\r\n") + "Bad Name: x\r\n",
 	} {
 		all = append(all, upgradeHead(agent, agent+extra), upgradeHead(agent, agent+extra, "Key: dG", "Key: "))
 	}
@@ -893,18 +895,11 @@ func TestLimitsNewcomersBesideDawdlers(t *testing.T) {
 func TestLimitsMemoryStaysAsPromised(t *testing.T) {
 	t.Parallel()
 	needNoRace(t)
-	lines := func(n int, line string) string {
-		var b strings.Builder
-		for i := range n {
-			fmt.Fprintf(&b, line, i)
-		}
-		return b.String()
-	}
 	const first = "GET /v2/client HTTP/1.1\r\nHost: a\r\n"
 	heads := []string{
-		first + lines(2600, "%x:\n"),
-		first + lines(maxHeadLines-2, "%x:\n"),
-		first + lines(maxHeadLines-3, "%x:\n") + "X-Long: " + strings.Repeat("a", 6<<10),
+		first + headLines(2600, "%x:\n"),
+		first + headLines(maxHeadLines-2, "%x:\n"),
+		first + headLines(maxHeadLines-3, "%x:\n") + "X-Long: " + strings.Repeat("a", 6<<10),
 		first + "X-Long: " + strings.Repeat("a", 7<<10),
 		"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: 100000\r\n\r\n" + strings.Repeat("a\n", 30<<10),
 		"POST / HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nffff\r\n",

@@ -431,20 +431,12 @@ func TestWakeFailures(t *testing.T) {
 		}
 	}
 	raw := func(answer string) string {
-		ln := onLoopback(t)
-		go func() {
-			for {
-				nc, err := ln.Accept()
-				if err != nil {
-					return
-				}
-				b := make([]byte, 4096)
-				n, _ := nc.Read(b)
-				io.WriteString(nc, strings.ReplaceAll(answer, "REQUEST", string(b[:n])))
-				nc.Close()
-			}
-		}()
-		return "http://" + ln.Addr().String()
+		return "http://" + serveRaw(t, nil, func(nc net.Conn) {
+			b := make([]byte, 4096)
+			n, _ := nc.Read(b)
+			io.WriteString(nc, strings.ReplaceAll(answer, "REQUEST", string(b[:n])))
+			nc.Close()
+		})
 	}
 	served := func(h http.HandlerFunc) string { base, _ := wakeTarget(t, h); return base }
 	silent := onLoopback(t)

@@ -1316,7 +1316,9 @@ func TestPaceFrom(t *testing.T) {
 // checkOf is a check of r through addr, without pauses.
 func checkOf(r *testRelay, addr string) *publicCheck {
 	d := dialer{base: &url.URL{Scheme: "ws", Host: addr}}
-	return &publicCheck{me: r.id, standing: r.standing, state: r.instance, keys: r.probes, dialer: d, log: keeping(r.log), held: min(r.o.maxPhones, firstJoins)}
+	return &publicCheck{
+		me: r.id, standing: r.standing, state: r.instance, keys: r.probes, dialer: d, log: keeping(r.log), held: min(r.o.maxPhones, firstJoins),
+	}
 }
 
 // lookFrom makes one round as r does, through addr.

@@ -10,7 +10,6 @@ import (
 	"log/slog"
 	"maps"
 	"net/http"
-	"net/http/httptest"
 	"regexp"
 	"slices"
 	"strings"
@@ -21,9 +20,7 @@ import (
 // adminServer serves r's admin pages on loopback.
 func adminServer(t *testing.T, r *testRelay) string {
 	t.Helper()
-	s := httptest.NewServer(r.admin())
-	t.Cleanup(s.Close)
-	return s.Listener.Addr().String()
+	return webServer(t, r.admin())
 }
 
 // getStatus reads /status.json into the type of the program, which has to have every member of it.
@@ -362,17 +359,13 @@ ended     leg    server     lasted  frames  bytes           code  reason
 
 func TestStatusCommand(t *testing.T) {
 	t.Parallel()
-	pages := map[string]string{}
 	serve := func(page string) string {
-		s := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
+		return webServer(t, http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
 			if page == "" {
 				http.NotFound(w, q)
 			}
 			io.WriteString(w, page)
 		}))
-		t.Cleanup(s.Close)
-		pages[s.Listener.Addr().String()] = page
-		return s.Listener.Addr().String()
 	}
 	real, bad, nothing := adminServer(t, startRelay(t, testOptions())), serve(statusJSON), freeLock(t)
 	well, draining := serve(strings.Replace(statusJSON, "false", "true", 1)), serve(`{"status":"draining"}`)
