@@ -89,7 +89,6 @@ func (g *registry) claim(w *writeBatch, b *session, id string) {
 		}
 		b.contendsSince = w.now
 		srv.contenders = append(srv.contenders, b)
-		srv.binary.challenge(w)
 		srv.challenge(w)
 		srv.mu.Unlock()
 		return
@@ -109,13 +108,12 @@ func (srv *server) challenge(w *writeBatch) {
 	}
 }
 
-// challenge asks b for a sign of life, server.mu held.
+// challenge asks b, which owes no answer to an earlier one, for a sign of life, server.mu
+// held.
 func (b *session) challenge(w *writeBatch) {
-	if b.challengedAt == 0 {
-		// Not the batch's clock: what was read before this moment is no answer.
-		b.challengedAt = b.relay.now()
-		b.challenged.Store(true)
-	}
+	// Not the batch's clock: what was read before this moment is no answer.
+	b.challengedAt = b.relay.now()
+	b.challenged.Store(true)
 	b.mu.Lock()
 	b.ping(w)
 	b.mu.Unlock()

@@ -268,6 +268,45 @@ func TestClaimSuccessor(t *testing.T) {
 	})
 }
 
+// What the poller had come for before a newcomer was there is no answer to that one: the
+// holder is asked once more, and time counts from then.
+func TestClaimAnswerFromBefore(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	rival := func() *session {
+		s, _ := memSession(t, r.relay, roleBinary, r.newConnID())
+		w := r.newBatch()
+		r.registry.claim(w, s, "id")
+		w.flush()
+		t.Cleanup(func() { s.free(w) })
+		time.Sleep(time.Microsecond) // the clock moves
+		return s
+	}
+	b, first := rival(), rival()
+	w := r.newBatch()
+	time.Sleep(time.Microsecond)
+	second := rival()
+	asked := b.challengedAt
+	b.markAlive(w)
+	if first.endReason != endAlreadyClaimed || second.endReason != endNone || b.challengedAt <= asked || !b.challenged.Load() {
+		t.Errorf("first %q, second %q; asked at %d, and at %d", first.endReason, second.endReason, asked, b.challengedAt)
+	}
+	before := &writeBatch{relay: r.relay, now: b.challengedAt - 1}
+	if b.markAlive(before); second.endReason != endNone || b.challengedAt == 0 {
+		t.Errorf("second %q, by what was heard before the challenge", second.endReason)
+	}
+	asked = b.challengedAt
+	w.now = asked + int64(r.o.challengeTimeout)
+	second.challengedAt = first.opened // it is silent, too: that is nothing to the holder
+	if second.overdue(w); r.holder("id") != b {
+		t.Error("the claim of a holder that has time left was taken")
+	}
+	if b.overdue(w); r.holder("id") != second || b.endReason != endTakenOver {
+		t.Errorf("the holder was silent for as long as it may be, and ended for %q", b.endReason)
+	}
+	w.flush()
+}
+
 // A newcomer is read while it waits: its end takes it out of the race, and what
 // it says is heard.
 func TestClaimNewcomerIsHeard(t *testing.T) {
