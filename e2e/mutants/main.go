@@ -44,6 +44,8 @@ var (
 	seed    = flag.Uint64("seed", 1, "`seed` of -share")
 	tests   = flag.String("tests", "^(Test|Fuzz)", "`tests` to run")
 	skip    = flag.String("skip", "^Test(Docs|Log|Options|Probe|Lock|World|IDsTellOf|Stress|LimitsMemoryStays|LimitsNewcomers|RelayDrainDropsSilent|ClockStall|ClaimIncumbentSurvivesStall)", "which of them to leave out")
+	first   = flag.String("first", "^$", "of these `tests` the ones to run by themselves before the others")
+	slack   = flag.Duration("slack", 20*time.Second, "how much longer than three times as long as usual a test may take")
 	workers = flag.Int("workers", 3, "how many to try at once")
 	again   = flag.Bool("again", false, "try what was not caught again, as with more tests (-skip)")
 )
@@ -590,6 +592,10 @@ func reached(ctx context.Context) ([]test, error) {
 		}
 	}
 	slices.SortFunc(cache.Tests, func(a, b test) int { return cmp.Compare(a.Took, b.Took) })
+	early := regexp.MustCompile(*first)
+	slices.SortStableFunc(cache.Tests, func(a, b test) int {
+		return strings.Compare(fmt.Sprint(!early.MatchString(a.Name)), fmt.Sprint(!early.MatchString(b.Name)))
+	})
 	return cache.Tests, nil
 }
 
@@ -645,12 +651,13 @@ func try(ctx context.Context, binary string, m mutant, tests []test) (outcome, e
 		return o, err
 	}
 	defer os.Remove(binary + ".on")
+	early := regexp.MustCompile(*first)
 	var batch []string
 	var takes time.Duration
 	budget := 500 * time.Millisecond
 	flush := func() {
 		if len(batch) > 0 && o.Caught == "" && ctx.Err() == nil {
-			o.Caught = caught(ctx, binary, batch, 3*takes+20*time.Second)
+			o.Caught = caught(ctx, binary, batch, 3*takes+*slack)
 		}
 		batch, takes, budget = nil, 0, budget*6
 	}
@@ -658,7 +665,7 @@ func try(ctx context.Context, binary string, m mutant, tests []test) (outcome, e
 		if slices.Contains(t.Reaches, m.ID) {
 			o.Tests++
 			batch = append(batch, t.Name)
-			if takes += t.Took; takes > budget {
+			if takes += t.Took; takes > budget || early.MatchString(t.Name) {
 				flush()
 			}
 		}
