@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"net"
 	"runtime"
@@ -1711,6 +1712,26 @@ func TestConnChallengeBeforeHeartbeat(t *testing.T) {
 	}
 	if ping(); b.out.n != 0 {
 		t.Errorf("%d bytes are queued behind the close frame", b.out.n)
+	}
+}
+
+// Connections that come in a wave are asked for their first sign of life one by one,
+// each within an interval.
+func TestConnFirstPing(t *testing.T) {
+	t.Parallel()
+	r := makeRelay(testOptions(), identity{}, buildVersion{}, new(instanceState), new(probeKeys), slog.New(slog.DiscardHandler))
+	ping, quarters := int64(r.o.ping), [4]int{}
+	for range 1000 {
+		before := r.now()
+		s := newSession(r, caller{}, "id")
+		in := s.pingAt - s.opened
+		if s.opened < before || s.opened > r.now() || in < ping/2 || in >= ping {
+			t.Fatalf("opened at %d, want from %d to %d; first ping after %v", s.opened, before, r.now(), time.Duration(in))
+		}
+		quarters[4*in/ping]++
+	}
+	if quarters[2] < 400 || quarters[3] < 400 {
+		t.Errorf("%d in the third quarter of an interval, and %d in the fourth", quarters[2], quarters[3])
 	}
 }
 
