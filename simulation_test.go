@@ -193,13 +193,6 @@ func (k *simSet) wait(told []syscall.EpollEvent, may, crowd bool) (n int, err er
 
 func (k *simKernel) recv(fd int, p []byte) (int, error) {
 	w := k.w
-	if !w.calm && !w.ending && w.chance(100) { // what another goroutine does meanwhile
-		if len(w.live) < 40 && w.chance(8) {
-			w.arrive()
-		} else {
-			w.sweep()
-		}
-	}
 	s := k.at("recv", fd)
 	switch {
 	case len(p) == 0:
@@ -208,6 +201,14 @@ func (k *simKernel) recv(fd int, p []byte) (int, error) {
 		return 0, syscall.EINTR
 	}
 	n, err := s.recv(p)
+	if !w.calm && !w.settling && w.chance(100) { // what another goroutine does meanwhile
+		time.Sleep(time.Microsecond)
+		if len(w.live) < 40 && w.chance(4) {
+			w.arrive()
+		} else {
+			w.sweep()
+		}
+	}
 	if err == io.EOF {
 		err = nil
 	}
@@ -378,16 +379,18 @@ type simulation struct {
 	arriving   *simPeer
 	calmBytes  int // that the step under way may still send in a calm world, without filling a buffer on the way
 
-	homes   []*simHome
-	peers   []*simPeer // in order of arrival
-	live    []*simPeer // of these, the ones that are not over on either side
-	byID    map[string]*simPeer
-	ending  bool // the relay drains
-	step    int
-	frames  int
-	reasons [closeReasonCount]int
-	named   [evidenceCount + 1]bool // ids that daemons have named: what they may be evidence of
-	trace   *logBuffer              // nil for none
+	homes      []*simHome
+	peers      []*simPeer // in order of arrival
+	live       []*simPeer // of these, the ones that are not over on either side
+	byID       map[string]*simPeer
+	settling   bool // nobody comes any more
+	ending     bool // the relay drains
+	step       int
+	frames     int
+	frameBytes int64
+	reasons    [closeReasonCount]int
+	named      [evidenceCount + 1]bool // ids that daemons have named: what they may be evidence of
+	trace      *logBuffer              // nil for none
 }
 
 // simHome is a server-id.
@@ -397,6 +400,7 @@ type simHome struct {
 	set    *simSet // of the loop that serves it
 	holder *simPeer
 	freed  int64 // relay clock of the last holder's end
+	since  int64 // relay clock since which holder is that
 	held   bool  // by anybody, ever
 }
 
@@ -580,6 +584,7 @@ func (w *simulation) act() {
 	default:
 		d := 2*time.Second + time.Duration(w.rng.IntN(90_000))*time.Millisecond
 		w.log("the process stands still for %v", d)
+		w.now() // the clock was read until then
 		time.Sleep(d)
 		w.quiet()
 	}
@@ -697,7 +702,7 @@ func (w *simulation) arrive() {
 		return
 	}
 	p.sock = w.kernel.open(p)
-	from := caller{role: role, serverID: h.id, addr: netip.MustParseAddr("192.0.2.1"), probe: h.probe}
+	from := caller{role: role, serverID: h.id, addr: netip.MustParseAddr("192.0.2.1"), probe: h.probe, proxied: w.chance(4)}
 	p.s = newSession(w.r, from, p.id)
 	p.s.pingAt = p.arrived + int64(w.o.ping)/2 + w.rng.Int64N(int64(w.o.ping)/2)
 	if role == rolePhone && w.chance(3) {
@@ -764,12 +769,20 @@ func (w *simulation) judge() {
 		if p.reason == endNone && p.s.endReason != endNone {
 			p.judge(after[slices.Index(w.homes, p.home)])
 		}
+		if p.s.failed && !p.givenUp {
+			p.givenUp = true
+			least := min(w.o.closeTimeout, w.o.writeTimeout)
+			if early := w.now()-p.ended < int64(least); early && !p.sock.reset && !p.unwatched() && !w.ending && p.reason != endMemoryLimit {
+				p.fail("given up before its time: %s", p.facts())
+			}
+		}
 	}
 	for i, h := range w.homes {
 		if h.holder != nil && after[i] == nil {
 			h.freed = w.now()
 		}
 		if h.holder != after[i] {
+			h.since = w.now()
 			w.log("%s is held by %v", h.id, after[i])
 		}
 		h.holder, h.held = after[i], h.held || after[i] != nil
@@ -874,10 +887,14 @@ func (w *simulation) checkBounds() {
 		if s.paused.Load() || s.out.n > 0 {
 			p.busy = now
 		}
+		if s.contendsSince != 0 && slices.Index(s.server.contenders, s) == 0 {
+			late(max(s.contendsSince, p.home.since, p.home.holder.heard), o.challengeTimeout, "contends with one that is silent")
+		}
 		switch {
 		case s.is(connClosed):
 		case !s.is(connOpen):
 			late(max(p.ended, p.took), o.writeTimeout+2*o.closeTimeout, "closing") // slow is not silent
+			late(p.closeAt, 2*o.closeTimeout, "without its answer")
 		case s.paused.Load():
 		default:
 			late(s.blockedSince, o.writeTimeout, "takes nothing")
@@ -890,12 +907,16 @@ func (w *simulation) checkBounds() {
 // settle lets everything come to rest: who behaves has got all, and who does not is gone.
 func (w *simulation) settle() {
 	w.log("settling")
+	w.settling = true
 	for _, p := range w.live {
 		p.slow = 0
 	}
-	w.advance(2*w.o.ping + max(30*time.Second, w.o.writeTimeout+4*w.o.closeTimeout+w.o.grace))
+	w.advance(2*w.o.ping + max(30*time.Second, 2*w.o.writeTimeout+4*w.o.closeTimeout+w.o.grace))
 	for _, p := range w.peers {
 		p.checkSettled()
+	}
+	if m := w.r.metrics; m.framesUp.Load() < int64(w.frames) || m.bytesUp.Load() < w.frameBytes {
+		w.fail("%d frames of %d bytes went up, and %d of %d have arrived", m.framesUp.Load(), m.bytesUp.Load(), w.frames, w.frameBytes)
 	}
 	w.checkEvidence()
 }
@@ -989,18 +1010,22 @@ type simPeer struct {
 	busy    int64      // bytes waited for it, or it for its binary
 	halfAt  int64      // it left a message unfinished, 0 if it did not
 	ended   int64      // the relay ended it, 0 if it did not
+	closeAt int64      // it has got a close frame, 0 if it has not
+	givenUp bool       // by the relay, which sends nothing more
 
 	// Its end of the wire.
-	tls      *tls.Conn // nil for none
-	sealed   *simSealed
-	send     []byte // the network has not taken it
-	sendEnd  bool   // FIN is behind send
-	got      []byte // not parsed
-	upgraded bool
-	closed   bool     // it has got a close frame
-	over     bool     // the network has told of the end
-	taken    int      // frames
-	pings    []string // without an answer
+	tls       *tls.Conn // nil for none
+	sealed    *simSealed
+	send      []byte // the network has not taken it
+	sendEnd   bool   // FIN is behind send
+	got       []byte // not parsed
+	upgraded  bool
+	closed    bool // it has got a close frame
+	over      bool // the network has told of the end
+	taken     int  // frames
+	texts     uint32
+	textBytes uint64
+	pings     []string // without an answer
 
 	// How it behaves.
 	deaf    bool // it takes nothing
@@ -1067,6 +1092,10 @@ func (p *simPeer) push(most int) bool {
 	case n > 0:
 		k.in = append(k.in, (*send)[:n]...)
 		*send = (*send)[n:]
+		if all := len(*send)+len(p.send) == 0 && (p.tls == nil || p.sealed.said); all && p.sendEnd && !p.w.calm && p.w.odd(2) {
+			k.inEnd = true
+			p.w.log("%s: FIN behind its last bytes", p)
+		}
 	case len(*send) == 0 && len(p.send) == 0 && p.sendEnd && !k.inEnd:
 		k.inEnd = true
 		p.w.log("%s: FIN", p)
@@ -1141,6 +1170,10 @@ func (p *simPeer) parse() {
 		}
 		first, payload := p.got[0], p.got[size:size+n]
 		p.got = p.got[size+n:]
+		if first == last|opText {
+			p.texts++
+			p.textBytes += uint64(n)
+		}
 		switch {
 		case p.closed:
 			p.fail("got opcode %#x behind the close frame", first)
@@ -1191,6 +1224,7 @@ func (p *simPeer) takeEnvelope(text []byte) {
 		ph.up = ph.up[1:]
 		p.taken++
 		p.w.frames++
+		p.w.frameBytes += int64(len(frame) - 1)
 	default:
 		if want := fmt.Sprintf(`"close_code":%d}`, ph.code); string(rest) != want {
 			p.fail("got notice %q of %s, want %q", rest, ph, want)
@@ -1208,7 +1242,7 @@ func (p *simPeer) takeEnvelope(text []byte) {
 
 // takeClose holds a close frame against the reason for which the relay has ended it.
 func (p *simPeer) takeClose(payload []byte) {
-	p.closed = true
+	p.closed, p.closeAt = true, p.w.now()
 	code, text := uint16(noCloseCode), ""
 	if len(payload) >= 2 {
 		code, text = binary.BigEndian.Uint16(payload), string(payload[2:])
@@ -1262,6 +1296,9 @@ func (p *simPeer) judge(holder *simPeer) {
 		n := len(p.sock.out)
 		for _, frame := range p.down {
 			n += maxSendHeader + len(frame)
+		}
+		for _, ping := range p.pings {
+			n += 2 + len(ping)
 		}
 		ok = p.role == rolePhone && n > o.queue
 	case endMemoryLimit:
@@ -1331,6 +1368,8 @@ func (p *simPeer) checkSettled() {
 		p.fail("%d pings without an answer", len(p.pings))
 	case p.s.contendsSince != 0:
 		p.fail("still contends")
+	case p.s.txFrames != p.texts || p.s.txBytes != p.textBytes:
+		p.fail("has got %d messages of %d bytes, and %d of %d are counted", p.texts, p.textBytes, p.s.txFrames, p.s.txBytes)
 	case len(p.down) > 0 && healthy(p.daemon) && p.directive == 0:
 		p.fail("%d frames have not arrived", len(p.down))
 	case p.directive != 0 && healthy(p.daemon):
@@ -1358,7 +1397,7 @@ func (p *simPeer) write(message []byte) {
 }
 
 func (p *simPeer) ping() {
-	ping := fmt.Sprint("ping ", p.w.rng.Uint32())
+	ping := fmt.Sprintf("ping %0*d", p.w.rng.IntN(maxControl-5), p.w.rng.Uint32())
 	p.pings = append(p.pings, ping)
 	p.send = append(p.send, clientFrame(last, opPing, []byte(ping))...)
 }
@@ -1466,7 +1505,9 @@ func (p *simPeer) act() {
 		}
 		return
 	case x < 80:
-		p.ping()
+		for range 1 + w.rng.IntN(1+w.rng.IntN(2)*w.rng.IntN(1000)) {
+			p.ping()
+		}
 		return
 	case x < 84:
 		p.wasDeaf, p.stuck = true, true
@@ -1501,6 +1542,8 @@ func (p *simPeer) act() {
 			p.send = append(p.send, clientFrame(last, opText, []byte(`"half of it"`))[:9]...)
 		}
 		w.log("%s ends TCP", p)
+	case x < 7 && w.calm && p.s.paused.Load(): // how much of what is lost was read is the poller's affair
+		p.done = false
 	case x < 7:
 		p.send, p.lost, p.over = nil, true, true
 		p.sock.mu.Lock()
@@ -1518,6 +1561,11 @@ func (p *simPeer) act() {
 		v := violations[w.rng.IntN(len(violations))]
 		for v.reason == endNotJSON && p.role == roleBinary {
 			v = violations[w.rng.IntN(len(violations))]
+		}
+		if w.chance(10) { // as a proxy does that speaks to the wrong side
+			if v.reason, v.bytes = endUnmasked, []byte{last | opClose, 0}; p.s.proxied {
+				v.reason = endProxyClosed
+			}
 		}
 		p.flaw = v.reason
 		p.send = append(p.send, v.bytes...)
@@ -1773,7 +1821,8 @@ func (w *simulation) outcome() (all []string) {
 		all = append(all, fmt.Sprintf("%s ended after %v for %q, code %d; close frame %v; %d frames taken, %d and %d of its own or for it left; notice %d",
 			p, ended, p.reason, p.code, p.closed, p.taken, len(p.up), len(p.down), p.tell))
 	}
-	return append(all, fmt.Sprint("other relays: ", w.r.metrics.splitSeen[0].Load(), " ", w.r.metrics.splitSeen[1].Load()))
+	// How often is by chance: of many that are told of at one moment any may be forgotten.
+	return append(all, fmt.Sprint("another relay is ", w.r.others.verdict(w.r.age())))
 }
 
 // compareWorlds holds what both pollers made of one world against each other.
