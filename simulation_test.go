@@ -815,7 +815,7 @@ func (w *simulation) check() {
 			held += len(e.tls.staged.b)
 		}
 		chain(s.out.head)
-		bound := w.o.queue + 1<<12 // control frames
+		bound := max(w.o.queue, flushAt) + 1<<12 // pongs of one batch, and other control frames
 		if p.role == roleBinary {
 			bound += pauseAt + 50*(w.o.maxFrame+w.o.queue)
 		}
