@@ -408,3 +408,46 @@ func TestClientAddress(t *testing.T) {
 		})
 	}
 }
+
+// TestLeastConnections: a relay that comes second gets every connection until it has as many
+// as the first one, and lets nobody in all the same.
+func TestLeastConnections(t *testing.T) {
+	t.Parallel()
+	for name, startAt := range map[string]func(t testing.TB, addr, one, two string){
+		"haproxy": func(t testing.TB, addr, one, two string) {
+			startHAProxyAt(t, addr, "balance leastconn\nretries 1\noption redispatch 1\nserver one "+one+"\nserver two "+two)
+		},
+		"nginx": func(t testing.TB, addr, one, two string) {
+			const always = " max_fails=0;\n"
+			startNginxAt(t, addr, "", "upstream relays {\nleast_conn;\nserver "+one+always+"server "+two+always+"}", nginxLocation(t, "relays"))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			one, two, public := freeAddr(t), freeAddr(t), freeAddr(t)
+			env := pace("1s", "1s", "1m")
+			first := publicRelay(t, env, one, public)
+			startAt(t, public, one, two)
+			first.wantCheck("verified")
+			keepBinary(t, public, "home")
+			for range 5 {
+				ph := gorillaLibrary.phone(t, public, "home")
+				ph.send("1")
+				ph.want("1")
+			}
+
+			second := publicRelay(t, env, two, public)
+			eventually(t, "the second one has looked", func() bool {
+				return strings.Contains(second.output(), "another relay serves the public name") || strings.Contains(second.output(), "users are let in")
+			})
+			if strings.Contains(second.output(), "users are let in") {
+				t.Error("the second one lets users in")
+			}
+			first.stopping = true
+			first.signal(syscall.SIGTERM)
+			<-first.done
+			second.wantCheck("verified")
+			eventually(t, "a phone reaches the binary", func() bool { return !ask(t, public, "home").ended })
+		})
+	}
+}
