@@ -412,8 +412,9 @@ func (w *simulation) fail(format string, args ...any) {
 }
 
 func (w *simulation) log(format string, args ...any) {
+	now := w.now() // a reading tells the relay of stalls, which a trace must not change
 	if w.trace != nil {
-		fmt.Fprintf(w.trace, "%4d %9.3fs  %s\n", w.step, float64(w.now())/1e9, fmt.Sprintf(format, args...))
+		fmt.Fprintf(w.trace, "%4d %9.3fs  %s\n", w.step, float64(now)/1e9, fmt.Sprintf(format, args...))
 	}
 }
 
@@ -583,6 +584,9 @@ func (w *simulation) act() {
 		w.advance(time.Duration(w.rng.IntN([]int{500, 2000, 6000, 15_000, 40_000}[w.rng.IntN(5)])) * time.Millisecond)
 	default:
 		d := 2*time.Second + time.Duration(w.rng.IntN(90_000))*time.Millisecond
+		if w.calm { // goroutines that wait for a deadline would not stand still
+			return
+		}
 		w.log("the process stands still for %v", d)
 		w.now() // the clock was read until then
 		time.Sleep(d)
@@ -868,6 +872,9 @@ func (w *simulation) checkSleep(set *simSet) {
 		case s.server.binary != nil || !slices.Contains(s.server.waiters, &s.conn):
 			w.fail("%s is forgotten: it waits for a binary to come", p)
 		}
+		if k.reset && s.paused.Load() { // with TLS it is found as the pause ends, or by the write timeout
+			continue
+		}
 		if s.out.n > 0 && s.blockedSince == 0 && !s.failed || (s.out.n > 0 || staged) && !s.failed && !writes {
 			w.fail("%d bytes wait for %s, and nothing will send them", s.out.n, p)
 		}
@@ -1139,7 +1146,7 @@ func (p *simPeer) take(most int) bool {
 	}
 	p.over, p.done, p.sendEnd = true, true, true
 	p.w.log("%s: the end", p)
-	ticks := int(p.w.o.writeTimeout / mostLate * 2 / 5)
+	ticks := int(min(p.w.o.writeTimeout/2, p.w.o.closeTimeout) / mostLate * 4 / 5)
 	slow := p.slow > 0 && !p.wasDeaf && !p.mute && p.room() <= ticks*p.slow // it has all before the relay has waited long enough
 	if !p.closed && !p.lost && (!p.stuck || slow) && !p.unwatched() && !p.w.ending && p.reason != endMemoryLimit {
 		p.fail("ended for %q without a close frame", p.reason)
@@ -1526,7 +1533,10 @@ func (p *simPeer) act() {
 	case x < 87 && w.calm: // how much it has taken is the poller's affair
 		return
 	case x < 87:
-		p.slow, p.stuck = 1<<(5+w.rng.IntN(8)), true
+		slow := 1 << (5 + w.rng.IntN(8))
+		if p.stuck = true; p.slow == 0 || slow < p.slow { // only ever slower, so that what it has taken is known
+			p.slow = slow
+		}
 		w.log("%s takes %d bytes in a tick", p, p.slow)
 		return
 	case x < 89:
@@ -1820,15 +1830,11 @@ func TestSimulation(t *testing.T) {
 	}
 }
 
-// outcome is what became of each peer, and when.
+// outcome is what became of each peer.
 func (w *simulation) outcome() (all []string) {
 	for _, p := range w.peers {
-		ended := time.Duration(0)
-		if p.ended != 0 {
-			ended = time.Duration(p.ended - w.peers[0].arrived)
-		}
-		all = append(all, fmt.Sprintf("%s ended after %v for %q, code %d; close frame %v; %d frames taken, %d and %d of its own or for it left; notice %d",
-			p, ended, p.reason, p.code, p.closed, p.taken, len(p.up), len(p.down), p.tell))
+		all = append(all, fmt.Sprintf("%s ended for %q, code %d; close frame %v; %d frames taken, %d and %d of its own or for it left; notice %d",
+			p, p.reason, p.code, p.closed, p.taken, len(p.up), len(p.down), p.tell))
 	}
 	// How often is by chance: of many that are told of at one moment any may be forgotten.
 	return append(all, fmt.Sprint("another relay is ", w.r.others.verdict(w.r.age())))
