@@ -808,12 +808,13 @@ func (c *conn) unblock() {
 // Nothing that a phone sends is dropped for want of room: a phone whose binary takes
 // less than it sends is not read, and TCP holds it back.
 //
-// The limit is pauseAt bytes in front of the binary. With each message pushFrom
-// decides whether its phone has to wait: it lines up, and its reader pauses. The phones
-// are released one by one once the binary has taken all but resumeAt bytes: else all
-// would send at once, and a message of a phone that sends little would stand behind one
-// of each. Each that is released puts the binary in its reader's batch, whose flush
-// releases the next. In grace the limit is -queue, and all are released by its end.
+// The limit is pauseAt bytes in front of the binary, and resumeAt for a phone that sends
+// large messages. With each message pushFrom decides whether its phone has to wait: it
+// lines up, and its reader pauses. The phones are released one by one once the binary
+// has taken all but resumeAt bytes: else all would send at once, and a message of a
+// phone that sends little would stand behind one of each. Each that is released puts
+// the binary in its reader's batch, whose flush releases the next. In grace the limit
+// is -queue, and all are released by its end.
 const (
 	// pauseAt keeps a fast binary busy, and a message of a phone that sends little
 	// waits behind no more than this.
@@ -828,7 +829,11 @@ func (c *conn) pushFrom(w *writeBatch, phone *conn, head, payload, tail []byte) 
 	light := c.queued-uint64(c.out.n) >= phone.pushed && len(payload) < directWrite
 	reason = c.push(w, 0, head, payload, tail)
 	phone.pushed = c.queued
-	wait = c.out.n >= pauseAt && !light
+	limit := pauseAt
+	if len(payload) >= directWrite {
+		limit = resumeAt // one is in front of the others for as long as many small ones
+	}
+	wait = c.out.n >= limit && !light
 	if wait {
 		c.waiters = append(c.waiters, phone)
 	}

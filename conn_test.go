@@ -1378,7 +1378,13 @@ func TestBackPressure(t *testing.T) {
 // is bounded, however many they are: they wait, and come back one by one.
 func TestBackPressureIsFair(t *testing.T) {
 	t.Parallel()
-	const flooders, size = 15, 64 << 10
+	for size, most := range map[int]int{4 << 10: pauseAt, directWrite: resumeAt, 64 << 10: resumeAt} {
+		t.Run(fmt.Sprint("frames of ", size), func(t *testing.T) { testBackPressureIsFair(t, size, most+size+1000) })
+	}
+}
+
+func testBackPressureIsFair(t *testing.T, size, most int) {
+	const flooders = 15
 	r := startRelay(t, testOptions())
 	b, bs, light, _, bt := memPair(t, r.relay)
 	phones, socks := make([]*session, flooders), make([]*memSocket, flooders)
@@ -1387,16 +1393,14 @@ func TestBackPressureIsFair(t *testing.T) {
 		defer phones[i].free(bt)
 	}
 	bs.full = true
-	flood := func(ph *session, n int) {
-		for range n {
-			if !ph.paused.Load() {
-				ph.message(bt, opText, []byte(numbered(0, size)))
-			}
+	flood := func(ph *session) {
+		for n := 0; n < 2*pauseAt && !ph.paused.Load(); n += size {
+			ph.message(bt, opText, []byte(numbered(0, size)))
 		}
 		bt.flush()
 	}
 	for _, ph := range phones {
-		flood(ph, 5)
+		flood(ph)
 		if !ph.paused.Load() {
 			t.Error("a phone that floods is not held back")
 		}
@@ -1412,13 +1416,13 @@ func TestBackPressureIsFair(t *testing.T) {
 				socks[i].resumes = 0
 				turns++
 				ph.unpause(bt)
-				flood(ph, 5)
+				flood(ph)
 			}
 		}
 		b.mu.Lock()
 		front := b.out.n
 		b.mu.Unlock()
-		if turns != 1 || front > pauseAt+size+1000 {
+		if turns != 1 || front > most {
 			t.Fatalf("round %d: %d phones had a turn, and %d bytes wait", round, turns, front)
 		}
 		light.message(bt, opText, []byte(`"small"`))
