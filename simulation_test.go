@@ -482,7 +482,9 @@ func newSimulation(plan simPlan, trace *logBuffer) (w *simulation, steps int) {
 		w.o.maxPhones, w.o.maxConnections = 1+w.rng.IntN(4), 4+w.rng.IntN(40)
 	}
 	if w.chance(4) { // and short times
-		for _, d := range [...]*time.Duration{&w.o.ping, &w.o.messageTimeout, &w.o.writeTimeout, &w.o.closeTimeout, &w.o.grace, &w.o.challengeTimeout} {
+		for _, d := range [...]*time.Duration{
+			&w.o.ping, &w.o.messageTimeout, &w.o.writeTimeout, &w.o.closeTimeout, &w.o.grace, &w.o.challengeTimeout,
+		} {
 			*d = time.Second + time.Duration(w.rng.Int64N(int64(*d)))
 		}
 	}

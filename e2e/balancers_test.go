@@ -189,7 +189,8 @@ func TestWrongClocks(t *testing.T) {
 				stays, leaves = leaves, stays
 			}
 			leaves.wantOut()
-			if out := leaves.output(); !strings.Contains(out, "this one ("+leaves.instance) || !strings.Contains(out, "relay "+stays.instance+", up ") {
+			if out := leaves.output(); !strings.Contains(out, "this one ("+leaves.instance) ||
+				!strings.Contains(out, "relay "+stays.instance+", up ") {
 				t.Error("the one that leaves does not say for which one")
 			}
 			var uptime float64
@@ -438,7 +439,8 @@ func TestLeastConnections(t *testing.T) {
 
 			second := publicRelay(t, env, two, public)
 			eventually(t, "the second one has looked", func() bool {
-				return strings.Contains(second.output(), "another relay serves the public name") || strings.Contains(second.output(), "users are let in")
+				out := second.output()
+				return strings.Contains(out, "another relay serves the public name") || strings.Contains(out, "users are let in")
 			})
 			if strings.Contains(second.output(), "users are let in") {
 				t.Error("the second one lets users in")

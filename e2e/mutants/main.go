@@ -36,14 +36,15 @@ import (
 )
 
 var (
-	root    = flag.String("root", "../..", "`directory` of the relay")
-	work    = flag.String("work", filepath.Join(os.TempDir(), "relay-mutants"), "`directory` for the binary and for what is known so far")
-	files   = flag.String("files", "frame.go,envelope.go,buffer.go,limits.go,registry.go", "`files` to change")
-	slice   = flag.Duration("for", time.Hour, "how long to go on; the next run continues")
-	share   = flag.Float64("share", 1, "part of the changes to try, drawn by -seed")
-	seed    = flag.Uint64("seed", 1, "`seed` of -share")
-	tests   = flag.String("tests", "^(Test|Fuzz)", "`tests` to run")
-	skip    = flag.String("skip", "^Test(Docs|Log|Options|Probe|Lock|World|IDsTellOf|Stress|LimitsMemoryStays|LimitsNewcomers|RelayDrainDropsSilent|ClockStall|ClaimIncumbentSurvivesStall)", "which of them to leave out")
+	root  = flag.String("root", "../..", "`directory` of the relay")
+	work  = flag.String("work", filepath.Join(os.TempDir(), "relay-mutants"), "`directory` for the binary and for what is known so far")
+	files = flag.String("files", "frame.go,envelope.go,buffer.go,limits.go,registry.go", "`files` to change")
+	slice = flag.Duration("for", time.Hour, "how long to go on; the next run continues")
+	share = flag.Float64("share", 1, "part of the changes to try, drawn by -seed")
+	seed  = flag.Uint64("seed", 1, "`seed` of -share")
+	tests = flag.String("tests", "^(Test|Fuzz)", "`tests` to run")
+	skip  = flag.String("skip", "^Test(Docs|Log|Options|Probe|Lock|World|IDsTellOf|Stress|LimitsMemoryStays|LimitsNewcomers|"+
+		"RelayDrainDropsSilent|ClockStall|ClaimIncumbentSurvivesStall)", "which of them to leave out")
 	first   = flag.String("first", "^$", "of these `tests` the ones to run by themselves before the others")
 	slack   = flag.Duration("slack", 20*time.Second, "how much longer than three times as long as usual a test may take")
 	workers = flag.Int("workers", 3, "how many to try at once")
@@ -432,7 +433,8 @@ func compile() ([]mutant, error) {
 		if !slices.Contains(wanted, pkg.GoFiles[i]) {
 			continue
 		}
-		s := &source{path: filepath.Join(dir, pkg.GoFiles[i]), name: pkg.GoFiles[i], fset: fset, pkg: checked, info: info, mutants: &mutants, imports: map[string]bool{}}
+		s := &source{path: filepath.Join(dir, pkg.GoFiles[i]), name: pkg.GoFiles[i], fset: fset, pkg: checked, info: info,
+			mutants: &mutants, imports: map[string]bool{}}
 		if s.text, err = os.ReadFile(s.path); err != nil {
 			return nil, err
 		}
@@ -610,7 +612,8 @@ func runTests(ctx context.Context, binary string, names []string, limit time.Dur
 	if err := os.MkdirAll(temp, 0o755); err != nil {
 		return err.Error(), ""
 	}
-	cmd := exec.CommandContext(ctx, binary, "-test.v", "-test.failfast", "-test.parallel", "8", "-test.run", "^("+strings.Join(names, "|")+")$")
+	cmd := exec.CommandContext(ctx, binary, "-test.v", "-test.failfast", "-test.parallel", "8",
+		"-test.run", "^("+strings.Join(names, "|")+")$")
 	cmd.Dir = *root
 	cmd.Env = append(os.Environ(), "TMPDIR="+temp)
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
