@@ -1132,6 +1132,7 @@ func (p *simPeer) take(most int) bool {
 	k.out = k.out[n:]
 	k.changed.Broadcast()
 	k.mu.Unlock()
+	p.w.quiet()
 	if n > 0 {
 		p.took = p.w.now()
 		k.tellRoom()
@@ -1793,6 +1794,9 @@ func TestSimulation(t *testing.T) {
 	}
 	first, n := stressNumber(t, "PYRYCODE_SIMULATION_SEED", 1), stressNumber(t, "PYRYCODE_SIMULATION_WORLDS", fewWorlds(100, 20))
 	workers := uint64(runtime.GOMAXPROCS(0))
+	// Where a goroutine is woken by the clock alone, what the world did before looks to the
+	// race detector as if it were at the same time.
+	goroutines := !raceDetector()
 	for i := range workers {
 		t.Run(fmt.Sprint(i), func(t *testing.T) {
 			t.Parallel()
@@ -1812,7 +1816,7 @@ func TestSimulation(t *testing.T) {
 				for seed := first + i; seed < first+n && !t.Failed(); seed += workers {
 					plan := wholeWorld(seed)
 					play(plan)
-					if plan.poller = "goroutines"; seed/workers%40 == 0 && !t.Failed() {
+					if plan.poller = "goroutines"; goroutines && seed/workers%40 == 0 && !t.Failed() {
 						play(plan)
 						plan.calm = true
 						both := []*simulation{play(plan)}
