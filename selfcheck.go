@@ -596,6 +596,9 @@ const (
 	// stickyShare of checkPace.over is longer than most rolling updates, in which
 	// server-ids move where a balancer sticks by them.
 	stickyShare = 6
+	// partedShare of checkPace.over is as long as some rounds of pages. A balancer at random
+	// passes for one that sticks in one of 256: in all of these it does not.
+	partedShare = 18
 )
 
 // checkPace is when the public name is checked.
@@ -660,6 +663,7 @@ type publicCheck struct {
 	// Owned by run.
 	refusal   *time.Timer  // lets users in where the first round takes long
 	blind     bool         // no relay gives the pages that the check asks for while users are refused
+	parted    time.Time    // when the two pages of a server-id came from two relays
 	suspected bool         // the last round saw a split, and that was not enough
 	sightings uint32       // a bit for each of splitWindow rounds in which another relay was seen, the last one lowest
 	unseen    []netip.Addr // of the verdict in the log
@@ -856,8 +860,8 @@ func (c *publicCheck) look(ctx context.Context, joins int) (f roundResult) {
 // replaced reports whether another relay serves in this one's place, which is what f is
 // then. It asks for pages, since upgrades would use up the rate of all who share this
 // relay's address there; for each server-id twice, since a balancer that sticks by it
-// leads some to each relay for good: after a while there, a whole round decides. Once
-// users are let in it decides in any case.
+// leads some to each relay for good: after a while there, and if none was led to two of
+// late, a whole round decides. Once users are let in it decides in any case.
 func (c *publicCheck) replaced(ctx context.Context, ids int) (f roundResult, yes bool) {
 	f.verdict = publicVerified
 	here, there := 0, 0
@@ -879,12 +883,16 @@ func (c *publicCheck) replaced(ctx context.Context, ids int) (f roundResult, yes
 		case 2:
 			there++
 		}
+		if met == 1 {
+			c.parted = time.Now()
+		}
 		if met == 1 || here == 0 && there == ids/2 {
 			return f, true
 		}
 		c.rest(ctx)
 	}
-	return f, there > 0 && time.Since(c.began) < c.pace.over/stickyShare
+	early := time.Since(c.began) < c.pace.over/stickyShare
+	return f, there > 0 && (early || time.Since(c.parted) < c.pace.over/partedShare)
 }
 
 // newID makes a server-id; sought, one of idsPerClaim for which a page comes here, if there

@@ -1429,6 +1429,36 @@ func TestPublicRoundLetsUsersInMeanwhile(t *testing.T) {
 	}
 }
 
+// A balancer that has just led one server-id to two relays does not stick by it, even if
+// it leads both pages of each of the next eight to the same one.
+func TestPublicRoundKnowsChance(t *testing.T) {
+	t.Parallel()
+	o := testOptions()
+	o.publicURL = &url.URL{Scheme: "ws", Host: "relay.test"}
+	me, other := startRelay(t, o), startRelay(t, testOptions())
+	other.binary("home") // so it is the one to stay
+	var pages atomic.Int64
+	front := startBalancer(t, nil, func(_ int, head string) string {
+		if !strings.Contains(head, "/readyz") {
+			return me.addr
+		}
+		n := pages.Add(1)
+		return map[bool]string{true: other.addr, false: me.addr}[n == 2 || n > 2 && (n-3)/2%2 == 1]
+	})
+	c := checkOf(me, front.addr)
+	c.pace.over = time.Hour
+	c.began = time.Now().Add(-c.pace.over)
+	for _, round := range []string{"of two pages", "behind it"} {
+		if f := c.look(t.Context(), firstJoins); f.verdict != publicSplit || len(f.others) == 0 {
+			t.Errorf("the round %s: %+v, want the other relay", round, f)
+		}
+	}
+	c.parted = time.Now().Add(-c.pace.over)
+	if f := c.look(t.Context(), firstJoins); f.verdict != publicVerified {
+		t.Errorf("long after it: %+v, want it taken for one that sticks", f)
+	}
+}
+
 func TestPublicRound(t *testing.T) {
 	t.Parallel()
 	for _, tt := range []struct {
