@@ -206,7 +206,7 @@ func (p *probe) run(ctx context.Context) bool {
 // ---- the steps, in their order on the way ----
 
 func (p *probe) steps(ctx context.Context) {
-	h := newHousehold(p.open)
+	h := &household{id: probePrefix + rand.Text(), open: p.open}
 	p.showProgress("opening a connection")
 	t, err := h.hold(ctx)
 	defer h.close()
@@ -530,17 +530,14 @@ func millis(d time.Duration) float64 { return float64(d.Microseconds()) / 1000 }
 // household plays a binary and its phones, at a server-id that nobody else has,
 // each over a connection of its own.
 type household struct {
-	id    string
-	open  opener
-	claim *wsPeer // the binary; nil: it does not hold the server-id
+	id     string
+	open   opener
+	claim  *wsPeer   // the binary; nil: it does not hold the server-id
+	phones []*wsPeer // that stay open until they are ended here, the oldest first
 }
 
 // opener opens a session of one leg. The peer is nil where there is none.
 type opener func(ctx context.Context, role role, serverID string) (*wsPeer, *dialTrace, error)
-
-func newHousehold(open opener) *household {
-	return &household{id: probePrefix + rand.Text(), open: open}
-}
 
 // hold claims the server-id. Where the relay refuses a claim, its close frame comes behind the 101, in place of the
 // answer to a ping.
@@ -585,7 +582,15 @@ func (h *household) misrouted(err error) bool {
 	}
 }
 
+// endPhones ends the oldest phones, but for so many.
+func (h *household) endPhones(most int) {
+	for ; len(h.phones) > most; h.phones = h.phones[1:] {
+		h.phones[0].close()
+	}
+}
+
 func (h *household) close() {
+	h.endPhones(0)
 	if h.claim != nil {
 		h.claim.close()
 	}

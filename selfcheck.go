@@ -880,11 +880,10 @@ func (c *publicCheck) replaced(ctx context.Context, ids int) (f roundResult, yes
 		switch met {
 		case 0:
 			here++
+		case 1:
+			c.parted = time.Now()
 		case 2:
 			there++
-		}
-		if met == 1 {
-			c.parted = time.Now()
 		}
 		if met == 1 || here == 0 && there == ids/2 {
 			return f, true
@@ -920,13 +919,6 @@ func (c *publicCheck) newID(ctx context.Context, sought bool) (id string) {
 func (c *publicCheck) tryID(ctx context.Context, id string, joins, follow int, f *roundResult) outcome {
 	h := &household{id: id, open: c.open}
 	defer h.close()
-	var phones []*wsPeer // that are open
-	end := func(most int) {
-		for ; len(phones) > most; phones = phones[1:] {
-			phones[0].close()
-		}
-	}
-	defer end(0)
 	t, err := h.hold(ctx)
 	at := c.reached(t, err)
 	switch {
@@ -935,8 +927,8 @@ func (c *publicCheck) tryID(ctx context.Context, id string, joins, follow int, f
 	case at.verdict == publicVerified:
 		for range max(joins, min(len(t.addrs), mostAddrs)) {
 			c.rest(ctx)
-			end(c.held - 1)
-			r := c.join(ctx, h, true, &phones)
+			h.endPhones(c.held - 1)
+			r := c.join(ctx, h, true)
 			f.add(r)
 			f.joins++
 			if r.verdict != publicVerified {
@@ -949,8 +941,8 @@ func (c *publicCheck) tryID(ctx context.Context, id string, joins, follow int, f
 	case at.verdict == publicSplit:
 		for range follow {
 			c.rest(ctx)
-			end(c.held - 1)
-			switch r := c.join(ctx, h, false, &phones); {
+			h.endPhones(c.held - 1)
+			switch r := c.join(ctx, h, false); {
 			case r.verdict == publicVerified:
 				f.add(outcome{verdict: publicSplit}) // the claim is over there, and this phone is here
 			case r.verdict == publicSplit && r.other.id != at.other.id:
@@ -962,10 +954,10 @@ func (c *publicCheck) tryID(ctx context.Context, id string, joins, follow int, f
 }
 
 // join is one phone more. Where the claim is here, its frame must come there and back.
-func (c *publicCheck) join(ctx context.Context, h *household, here bool, phones *[]*wsPeer) outcome {
+func (c *publicCheck) join(ctx context.Context, h *household, here bool) outcome {
 	phone, t, err := h.join(ctx)
 	if phone != nil {
-		*phones = append(*phones, phone)
+		h.phones = append(h.phones, phone)
 	}
 	switch r := c.reached(t, err); {
 	case phone == nil, !here, h.claim == nil, r.verdict == publicSplit:

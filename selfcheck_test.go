@@ -1321,6 +1321,14 @@ func checkOf(r *testRelay, addr string) *publicCheck {
 	}
 }
 
+// twoRelays are one that checks its name, and waits with its users, and another one.
+func twoRelays(t *testing.T) (me, other *testRelay) {
+	t.Helper()
+	o := testOptions()
+	o.publicURL = &url.URL{Scheme: "ws", Host: "relay.test"}
+	return startRelay(t, o), startRelay(t, testOptions())
+}
+
 // lookFrom makes one round as r does, through addr.
 func lookFrom(t *testing.T, r *testRelay, addr string, joins int) roundResult {
 	t.Helper()
@@ -1369,9 +1377,7 @@ func TestPublicRoundThatWaits(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			o := testOptions()
-			o.publicURL = &url.URL{Scheme: "ws", Host: "relay.test"}
-			me, other := startRelay(t, o), startRelay(t, testOptions())
+			me, other := twoRelays(t)
 			tt.other(other)
 			if _, resp, err := me.dial("/v2/client", phoneHeaders("nobody")); err != nil || resp.StatusCode != http.StatusServiceUnavailable {
 				t.Fatalf("a user at a relay that waits: %v, %v", resp, err)
@@ -1413,9 +1419,7 @@ func TestPublicRoundThatWaits(t *testing.T) {
 // no split, only claims and phones are.
 func TestPublicRoundLetsUsersInMeanwhile(t *testing.T) {
 	t.Parallel()
-	o := testOptions()
-	o.publicURL = &url.URL{Scheme: "ws", Host: "relay.test"}
-	me, other := startRelay(t, o), startRelay(t, testOptions())
+	me, other := twoRelays(t)
 	other.binary("home") // so it is the one to stay
 	front := startBalancer(t, nil, func(_ int, head string) string {
 		if strings.Contains(head, "/readyz") {
@@ -1433,9 +1437,7 @@ func TestPublicRoundLetsUsersInMeanwhile(t *testing.T) {
 // it leads both pages of each of the next eight to the same one.
 func TestPublicRoundKnowsChance(t *testing.T) {
 	t.Parallel()
-	o := testOptions()
-	o.publicURL = &url.URL{Scheme: "ws", Host: "relay.test"}
-	me, other := startRelay(t, o), startRelay(t, testOptions())
+	me, other := twoRelays(t)
 	other.binary("home") // so it is the one to stay
 	var pages atomic.Int64
 	front := startBalancer(t, nil, func(_ int, head string) string {

@@ -198,7 +198,7 @@ func (r *recent[T]) add(v T) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if len(r.kept) == r.most {
-		r.kept = slices.Delete(r.kept, 0, 1)
+		r.kept = r.kept[1:] // append moves the rest once in as many additions, not at each
 	}
 	r.kept = append(r.kept, v)
 }
