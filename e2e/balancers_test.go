@@ -82,7 +82,7 @@ func bothServe(t testing.TB, b balancer, public string, first, second *relayProc
 	t.Helper()
 	first.wantCheck("unreachable")
 	second.wantCheck("unreachable")
-	b.startAt(t, public, false, first.addr, second.addr)
+	b.startAt(t, public, roundRobin, first.addr, second.addr)
 }
 
 // TestRoundRobin: both relays find each other, one leaves, and phones that were told
@@ -219,7 +219,7 @@ func TestNoFalseAlarm(t *testing.T) {
 		t.Run(b.name+"/sticky by server-id", func(t *testing.T) {
 			t.Parallel()
 			one, two := freeAddr(t), freeAddr(t)
-			public := b.start(t, true, one, two)
+			public := b.start(t, byServerID, one, two)
 			first, second := publicRelay(t, env, one, public), publicRelay(t, env, two, public)
 			first.wantNoAlarm(8)
 			second.wantNoAlarm(8)
@@ -227,12 +227,12 @@ func TestNoFalseAlarm(t *testing.T) {
 		t.Run(b.name+"/one backend", func(t *testing.T) {
 			t.Parallel()
 			one := freeAddr(t)
-			publicRelay(t, env, one, b.start(t, false, one)).wantNoAlarm(3)
+			publicRelay(t, env, one, b.start(t, roundRobin, one)).wantNoAlarm(3)
 		})
 		t.Run(b.name+"/restart", func(t *testing.T) {
 			t.Parallel()
 			one := freeAddr(t)
-			public := b.start(t, false, one)
+			public := b.start(t, roundRobin, one)
 			first := publicRelay(t, env, one, public)
 			first.wantNoAlarm(1)
 			first.stop()
@@ -246,7 +246,7 @@ func TestNoFalseAlarm(t *testing.T) {
 			// Both serve for less time than a suspicion takes to be looked into.
 			env := pace("200ms", "3s", "90s")
 			one, two := freeAddr(t), freeAddr(t)
-			public := b.start(t, false, one, two)
+			public := b.start(t, roundRobin, one, two)
 			first := publicRelay(t, env, one, public)
 			first.wantCheck("verified")
 			second := publicRelay(t, env, two, public)
@@ -268,7 +268,7 @@ func TestStickyFailover(t *testing.T) {
 		t.Run(b.name, func(t *testing.T) {
 			t.Parallel()
 			one, two := freeAddr(t), freeAddr(t)
-			public := b.start(t, true, one, two)
+			public := b.start(t, byServerID, one, two)
 			// The ids know another relay for 2s before they tell of it. No relay leaves.
 			env := append(pace("200ms", "1s", "2s"), "PYRYCODE_RELAY_SINGLE_INSTANCE=1")
 			first, second := publicRelay(t, env, one, public), publicRelay(t, env, two, public)
@@ -362,31 +362,24 @@ func (r *relayProcess) wantSeen(other *relayProcess, since time.Time) {
 // address: nothing notices it until a daemon that had changed its address has it again.
 func TestClientAddress(t *testing.T) {
 	t.Parallel()
-	for name, startAt := range map[string]func(t testing.TB, addr, one, two string){
-		"haproxy": func(t testing.TB, addr, one, two string) {
-			startHAProxyAt(t, addr, "balance source\nhash-type consistent\nserver one "+one+"\nserver two "+two)
-		},
-		"nginx": func(t testing.TB, addr, one, two string) {
-			startNginxAt(t, addr, "", "upstream relays {\nip_hash;\nserver "+one+";\nserver "+two+";\n}", nginxLocation(t, "relays"))
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
+	for _, b := range balancers {
+		t.Run(b.name, func(t *testing.T) {
 			t.Parallel()
 			one, two, public := freeAddr(t), freeAddr(t), freeAddr(t)
-			startAt(t, public, one, two)
+			b.startAt(t, public, byClient, one, two)
 			env := pace("200ms", "1s", "2s")
 			first, second := startRelayEnv(t, env, "-listen", one), startRelayEnv(t, env, "-listen", two)
 			// An address that leads to each of them. nginx takes three numbers of it.
 			var here, there net.IP
 			for i := byte(1); here == nil || there == nil; i++ {
 				ip := net.IPv4(127, ownIP[13], i, ownIP[15])
-				b := gorillaFrom(ip).binary(t, public, "look")
+				look := gorillaFrom(ip).binary(t, public, "look")
 				if getHealth(t, one).Binaries > 0 {
 					here = ip
 				} else {
 					there = ip
 				}
-				b.close(1000, "")
+				look.close(1000, "")
 				eventually(t, "the binary has left", func() bool { return getHealth(t, one).Binaries+getHealth(t, two).Binaries == 0 })
 			}
 			near, far := gorillaFrom(here), gorillaFrom(there)
@@ -414,21 +407,13 @@ func TestClientAddress(t *testing.T) {
 // as the first one, and lets nobody in all the same.
 func TestLeastConnections(t *testing.T) {
 	t.Parallel()
-	for name, startAt := range map[string]func(t testing.TB, addr, one, two string){
-		"haproxy": func(t testing.TB, addr, one, two string) {
-			startHAProxyAt(t, addr, "balance leastconn\nretries 1\noption redispatch 1\nserver one "+one+"\nserver two "+two)
-		},
-		"nginx": func(t testing.TB, addr, one, two string) {
-			const always = " max_fails=0;\n"
-			startNginxAt(t, addr, "", "upstream relays {\nleast_conn;\nserver "+one+always+"server "+two+always+"}", nginxLocation(t, "relays"))
-		},
-	} {
-		t.Run(name, func(t *testing.T) {
+	for _, b := range balancers {
+		t.Run(b.name, func(t *testing.T) {
 			t.Parallel()
 			one, two, public := freeAddr(t), freeAddr(t), freeAddr(t)
 			env := pace("1s", "1s", "1m")
 			first := publicRelay(t, env, one, public)
-			startAt(t, public, one, two)
+			b.startAt(t, public, leastConnections, one, two)
 			first.wantCheck("verified")
 			keepBinary(t, public, "home")
 			for range 5 {

@@ -135,10 +135,10 @@ func TestProbe(t *testing.T) {
 			return []string{"wss://" + startRelay(t).addr}, nil
 		}, "tls", []string{"does not speak TLS", "ws://"}},
 		{"two relays", func(t *testing.T) (args, env []string) {
-			return []string{"ws://" + balancers[0].start(t, false, startRelay(t).addr, startRelay(t).addr)}, nil
+			return []string{"ws://" + balancers[0].start(t, roundRobin, startRelay(t).addr, startRelay(t).addr)}, nil
 		}, "join", []string{"did not, although it is there", "server-id never seen", "run exactly one relay"}},
 		{"two relays, seen by who answers", func(t *testing.T) (args, env []string) {
-			return []string{"ws://" + balancers[1].start(t, false, startRelay(t).addr, startRelay(t).addr)}, nil
+			return []string{"ws://" + balancers[1].start(t, roundRobin, startRelay(t).addr, startRelay(t).addr)}, nil
 		}, "instances", []string{"5 of 10 connections reached", "stop all but one"}},
 	} {
 		t.Run(test.name, func(t *testing.T) {

@@ -132,36 +132,44 @@ backend relays
 // balancer is a load balancer in front of relays.
 type balancer struct {
 	name    string
-	startAt func(t testing.TB, addr string, sticky bool, relays ...string)
+	startAt func(t testing.TB, addr string, by policy, relays ...string)
 }
 
-func (b balancer) start(t testing.TB, sticky bool, relays ...string) (addr string) {
+func (b balancer) start(t testing.TB, by policy, relays ...string) (addr string) {
 	t.Helper()
 	addr = freeAddr(t)
-	b.startAt(t, addr, sticky, relays...)
+	b.startAt(t, addr, by, relays...)
 	return addr
 }
 
+// policy is how a balancer chooses a relay: the lines of each one's backend, and what it
+// has behind a server's address.
+type policy struct{ haproxy, haproxyServer, nginx, nginxServer string }
+
+const haproxyChecks = " check inter 50ms fall 1 rise 1"
+
+var (
+	roundRobin = policy{"balance roundrobin", haproxyChecks, "", " fail_timeout=1s"}
+	byServerID = policy{"balance hdr(x-pyrycode-server)\nhash-type consistent", haproxyChecks,
+		"hash $http_x_pyrycode_server consistent;", " fail_timeout=1s"}
+	byClient         = policy{"balance source\nhash-type consistent", "", "ip_hash;", ""}
+	leastConnections = policy{"balance leastconn\nretries 1\noption redispatch 1", "", "least_conn;", " max_fails=0"}
+)
+
 var balancers = []balancer{
-	{"haproxy", func(t testing.TB, addr string, sticky bool, relays ...string) {
+	{"haproxy", func(t testing.TB, addr string, by policy, relays ...string) {
 		t.Helper()
-		lines := []string{"balance roundrobin"}
-		if sticky {
-			lines = []string{"balance hdr(x-pyrycode-server)", "hash-type consistent"}
-		}
+		lines := []string{by.haproxy}
 		for i, r := range relays {
-			lines = append(lines, fmt.Sprintf("server relay%d %s check inter 50ms fall 1 rise 1", i, r))
+			lines = append(lines, fmt.Sprintf("server relay%d %s%s", i, r, by.haproxyServer))
 		}
 		startHAProxyAt(t, addr, strings.Join(lines, "\n"))
 	}},
-	{"nginx", func(t testing.TB, addr string, sticky bool, relays ...string) {
+	{"nginx", func(t testing.TB, addr string, by policy, relays ...string) {
 		t.Helper()
-		var lines []string
-		if sticky {
-			lines = append(lines, "hash $http_x_pyrycode_server consistent;")
-		}
+		lines := []string{by.nginx}
 		for _, r := range relays {
-			lines = append(lines, fmt.Sprintf("server %s fail_timeout=1s;", r))
+			lines = append(lines, fmt.Sprintf("server %s%s;", r, by.nginxServer))
 		}
 		startNginxAt(t, addr, "", "upstream relays {\n"+strings.Join(lines, "\n")+"\n}", nginxLocation(t, "relays"))
 	}},
