@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/bits"
 	mrand "math/rand/v2"
 	"net"
@@ -551,6 +552,10 @@ const (
 	// stay must be seen before this one gives way: a rolling update overlaps for
 	// seconds.
 	splitRounds = 3
+	// waitRounds is splitRounds of a relay that lets nobody in, and hurts nobody as long as it
+	// waits: with slow answers 90 s are three rounds, in which server-ids that move while some
+	// third relay starts again look like a split.
+	waitRounds = 6
 	// splitDoubts is for how many times checkPace.over claims of users' binaries count:
 	// a binary that comes and goes must not keep two relays for ever.
 	splitDoubts = 4
@@ -675,6 +680,7 @@ type publicCheck struct {
 // observation is another relay that answers to our name.
 type observation struct {
 	since  time.Time // when it was seen first
+	met    time.Time // when it was seen last
 	rounds int       // in a row in which it was the one to stay
 	first  time.Time // when the first of them was judged
 }
@@ -822,7 +828,13 @@ func (c *publicCheck) look(ctx context.Context, joins int) (f roundResult) {
 		f.unseen = slices.DeleteFunc(slices.Clone(d.addrs), func(a netip.Addr) bool { return !d.lost[a] })
 	}()
 	if c.state.waits.Load() {
-		n := max(1, len(c.seen)) // the more take turns, the better one of them hides
+		n := 0 // the more take turns, the better one of them hides
+		for _, s := range c.seen {
+			if time.Since(s.met) < c.pace.again { // one that starts again and again is another each time
+				n++
+			}
+		}
+		n = max(1, n)
 		if g, yes := c.replaced(ctx, n*handOverIDs); yes {
 			return g
 		}
@@ -866,24 +878,30 @@ func (c *publicCheck) replaced(ctx context.Context, ids int) (f roundResult, yes
 	f.verdict = publicVerified
 	here, there := 0, 0
 	for range ids {
-		id, met := probePrefix+rand.Text(), 0
+		id, met, waiting := probePrefix+rand.Text(), 0, 0
 		for range 2 {
 			_, t, err := c.dialer.dial(ctx, rolePage, id, "")
 			if c.blind = !t.answer.named; c.blind || !c.state.waits.Load() {
 				return f, false
 			}
-			if r := c.reached(t, err); r.other.stays(c.me) {
+			r := c.reached(t, err)
+			if r.other.stays(c.me) {
 				f.add(r)
 				met++
 			}
+			if r.other.theirs.waits {
+				waiting++
+			}
 		}
-		switch met {
-		case 0:
+		switch {
+		case met == 0:
 			here++
-		case 1:
-			c.parted = time.Now()
-		case 2:
+		case met == 2:
 			there++
+		case waiting == 2: // neither was here: one that waits has started again meanwhile
+			met = 0
+		default:
+			c.parted = time.Now()
 		}
 		if met == 1 || here == 0 && there == ids/2 {
 			return f, true
@@ -1209,6 +1227,11 @@ func (c *publicCheck) sight(others []rival, now time.Time) error {
 	if c.seen == nil {
 		c.seen = map[string]*observation{}
 	}
+	maps.DeleteFunc(c.seen, func(_ string, s *observation) bool { return now.Sub(s.met) > splitWindow*c.pace.every })
+	enough := splitRounds
+	if c.state.waits.Load() {
+		enough = waitRounds
+	}
 	var stays *rival
 	var why string
 	for i := range others {
@@ -1218,6 +1241,7 @@ func (c *publicCheck) sight(others []rival, now time.Time) error {
 			s = &observation{since: now}
 			c.seen[o.id] = s
 		}
+		s.met = now
 		gives, reason := o.prevails(c.me, now.Sub(s.since) >= splitDoubts*c.pace.over)
 		if o.theirs.yields {
 			gives, reason = s.rounds > 0 && o.id < c.me.id, "each would give way to the other, and its id is the smaller one"
@@ -1229,7 +1253,7 @@ func (c *publicCheck) sight(others []rival, now time.Time) error {
 		if s.rounds++; s.rounds == 1 {
 			s.first = now
 		}
-		confirmed := s.rounds >= splitRounds && o.asked.Sub(s.first) >= c.pace.over && now.Sub(o.asked) <= c.pace.over/2
+		confirmed := s.rounds >= enough && o.asked.Sub(s.first) >= c.pace.over && now.Sub(o.asked) <= c.pace.over/2
 		if confirmed && (stays == nil || o.age(now) > stays.age(now)) {
 			stays, why = o, reason
 		}

@@ -818,10 +818,13 @@ func (s checkScript) run(t *testing.T) (got checkRun) {
 				cancel()
 				return roundResult{}
 			}
+			f := s.script[min(n, len(s.script)-1)]
+			if len(f.others) > 0 {
+				c.refusal.Stop() // see reached
+			}
 			time.Sleep(s.slow)
 			got.at = append(got.at, time.Since(began))
 			got.joins = append(got.joins, joins)
-			f := s.script[min(n, len(s.script)-1)]
 			f.others = slices.Clone(f.others)
 			for i := range f.others {
 				o := &f.others[i]
@@ -995,6 +998,11 @@ func TestPublicCheckLetsUsersIn(t *testing.T) {
 			3 * handOver * 9 / 10, 3 * handOver * 11 / 10, false, publicVerified},
 		{"another serves, and then nothing does", 0, script{splitWith(older), noWay()},
 			handOver * 9 / 10, handOver * 11 / 10, false, publicUnreachable},
+		{"another serves, and answers slowly", 30 * time.Second, script{splitWith(older)}, never, never, true, publicPending},
+		{"it sticks by server-id, slowly, and these move for a while", 30 * time.Second,
+			append(slices.Repeat(script{splitWith(older)}, waitRounds-1), allMine()),
+			waitRounds*30*time.Second + (waitRounds-1)*handOver*9/10, waitRounds*30*time.Second + (waitRounds-1)*handOver*11/10,
+			false, publicVerified},
 		{"both wait, smaller id stays", 0, script{splitWith(waiting(younger)), allMine()}, 0, 0, false, publicVerified},
 		{"both wait, greater id waits on", 0, script{splitWith(waiting(older))}, never, never, true, publicPending},
 		{"the elder waits for the one that serves", 0, script{splitWith(withUsers(younger), waiting(older))}, never, never, true, publicPending},
@@ -1009,7 +1017,8 @@ func TestPublicCheckLetsUsersIn(t *testing.T) {
 			if (r.left != nil) != tt.leaves || r.verdicts[len(r.verdicts)-1] != tt.verdict {
 				t.Errorf("at the end: verdict %v, left because of %v\n%s", r.verdicts[len(r.verdicts)-1], r.left, r.logs)
 			}
-			if last := r.at[len(r.at)-1]; tt.leaves && (last < 90*time.Second || last > 95*time.Second || strings.Contains(r.logs, "ERROR") ||
+			least := max(90*time.Second, waitRounds*tt.slow)
+			if last := r.at[len(r.at)-1]; tt.leaves && (last < least || last > least+waitRounds*handOver || strings.Contains(r.logs, "ERROR") ||
 				strings.Count(r.logs, "users are refused (503)") != 1) {
 				t.Errorf("it left after %v, and the log is\n%s", last, r.logs)
 			}
@@ -1458,6 +1467,57 @@ func TestPublicRoundKnowsChance(t *testing.T) {
 	c.parted = time.Now().Add(-c.pace.over)
 	if f := c.look(t.Context(), firstJoins); f.verdict != publicVerified {
 		t.Errorf("long after it: %+v, want it taken for one that sticks", f)
+	}
+}
+
+// One that starts again and again, and waits each time, is another one each time: two of
+// them at one server-id don't mean that a balancer has led it to two relays, and those
+// that were met long ago don't make the round longer.
+func TestPublicRoundKnowsRestarts(t *testing.T) {
+	t.Parallel()
+	var waiting []*testRelay
+	for range 3 {
+		r, _ := twoRelays(t)
+		waiting = append(waiting, r)
+	}
+	slices.SortFunc(waiting, func(a, b *testRelay) int { return cmp.Compare(a.id.id, b.id.id) })
+	before, me, after := waiting[0], waiting[1], waiting[2] // of the two others only the first is one to stay
+	var pages atomic.Int64
+	front := startBalancer(t, nil, func(_ int, head string) string {
+		n := int64(0)
+		if strings.Contains(head, "/readyz") {
+			n = pages.Add(1)
+		}
+		return map[int64]string{1: before.addr, 2: after.addr}[n] + map[bool]string{true: me.addr}[n == 0 || n > 2]
+	})
+	c := checkOf(me, front.addr)
+	c.pace, c.began, c.seen = defaultPace(), time.Now().Add(-time.Hour), map[string]*observation{before.id.id: {met: time.Now()}}
+	for i := range 100 {
+		c.seen[fmt.Sprint(i)] = &observation{met: time.Now().Add(-time.Minute)}
+	}
+	if f := c.look(t.Context(), firstJoins); f.verdict != publicVerified || f.joins != firstJoins {
+		t.Errorf("%+v, want %d phones of which all came here", f, firstJoins)
+	}
+	if n := pages.Load(); n != 2*handOverIDs {
+		t.Errorf("%d pages were asked for, want two for each of %d server-ids", n, handOverIDs)
+	}
+}
+
+// TestPublicCheckForgets: of relays that start again and again not all are kept.
+func TestPublicCheckForgets(t *testing.T) {
+	t.Parallel()
+	c := &publicCheck{me: myself, began: theStart, pace: defaultPace(), state: new(instanceState), log: keeping(slog.New(slog.DiscardHandler))}
+	const each = time.Minute
+	for i := range 1000 {
+		now := theStart.Add(time.Duration(i) * each)
+		o := older
+		o.id, o.asked = fmt.Sprintf("%016x", i), now
+		if err := c.sight([]rival{o}, now); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n, want := len(c.seen), 1+int(splitWindow*c.pace.every/each); n != want {
+		t.Errorf("%d relays are remembered of which one comes each minute, want those of the last %d rounds, %d", n, splitWindow, want)
 	}
 }
 
