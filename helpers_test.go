@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"crypto/subtle"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/binary"
@@ -491,11 +492,20 @@ const (
 	last = 0x80
 )
 
+// clientKey is the key of a client's frames, over and over.
+var clientKey = bytes.Repeat([]byte{0x37, 0xfa, 0x21, 0x3d}, 256)
+
 // clientFrame is a masked frame as a client sends it.
 func clientFrame(fin, op byte, payload []byte) []byte {
-	key := [4]byte{0x37, 0xfa, 0x21, 0x3d}
+	b := append(clientHeader(fin, op, len(payload)), payload...)
+	maskFrom(0, b[len(b)-len(payload):])
+	return b
+}
+
+// clientHeader is the frame's up to its payload of n bytes.
+func clientHeader(fin, op byte, n int) []byte {
 	b := []byte{fin | op}
-	switch n := len(payload); {
+	switch {
 	case n < 126:
 		b = append(b, 0x80|byte(n))
 	case n < 1<<16:
@@ -503,11 +513,15 @@ func clientFrame(fin, op byte, payload []byte) []byte {
 	default:
 		b = binary.BigEndian.AppendUint64(append(b, 0x80|127), uint64(n))
 	}
-	b = append(b, key[:]...)
-	for i, x := range payload {
-		b = append(b, x^key[i&3])
+	return append(b, clientKey[:4]...)
+}
+
+// maskFrom masks a part of a payload, whose first byte has byte at of the key.
+func maskFrom(at int, b []byte) {
+	for len(b) > 0 {
+		n := subtle.XORBytes(b, b, clientKey[at:])
+		b, at = b[n:], (at+n)%4
 	}
-	return b
 }
 
 func closePayload(code uint16, reason string) []byte {

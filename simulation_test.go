@@ -58,7 +58,8 @@ type simSet struct {
 	*simKernel
 	loop   *epollLoop
 	woken  bool
-	asleep bool // the loop waits
+	asleep bool         // the loop waits
+	tell   []*simSocket // of pending
 }
 
 // simSocket is a TCP connection, seen from both ends.
@@ -70,11 +71,13 @@ type simSocket struct {
 	mu      sync.Mutex // guards what follows, where goroutines serve
 	changed sync.Cond
 
-	fd         int    // -1 once the relay has closed it
-	in         []byte // the relay may receive it
-	out        []byte // sent, and not taken by the peer
+	fd         int      // -1 once the relay has closed it
+	in         simBytes // the relay may receive it
+	out        simBytes // sent, and not taken by the peer
 	inCap      int
 	outCap     int
+	inThrough  int // bytes, since inCap has grown
+	outThrough int
 	inEnd      bool // the peer's FIN is behind in
 	outEnd     bool // the relay's FIN is behind out
 	shutRead   bool
@@ -84,6 +87,85 @@ type simSocket struct {
 	ready      bool // something has happened since wait told of it
 	full       bool // the relay was told to wait for room
 	limitation bool
+}
+
+// simBytes are bytes on their way, the first of which may have gone.
+type simBytes struct {
+	all  []byte
+	gone int
+}
+
+func (b *simBytes) len() int      { return len(b.all) - b.gone }
+func (b *simBytes) bytes() []byte { return b.all[b.gone:] }
+
+// add puts p behind them, into the room of those that have gone where that is large.
+func (b *simBytes) add(p ...byte) {
+	b.reuse()
+	b.all = append(b.all, p...)
+}
+
+func (b *simBytes) reuse() {
+	if 2*b.gone >= len(b.all) {
+		b.all, b.gone = b.all[:copy(b.all, b.bytes())], 0
+	}
+}
+
+// take takes the first n away, or all. They are there until the next are added.
+func (b *simBytes) take(n int) []byte {
+	n = min(n, b.len())
+	b.gone += n
+	return b.all[b.gone-n : b.gone]
+}
+
+// simStream is what a peer is about to send, in pieces. They become bytes as they go.
+type simStream struct {
+	pieces []simPiece
+	n      int // bytes
+}
+
+type simPiece struct {
+	b    []byte
+	mask int // which byte of the key is for the first one, -1 for no key
+}
+
+func (s *simStream) add(b []byte, mask int) {
+	if len(b) > 0 {
+		s.pieces = append(s.pieces, simPiece{b, mask})
+		s.n += len(b)
+	}
+}
+
+// frame adds a frame.
+func (s *simStream) frame(fin, op byte, payload ...[]byte) {
+	n := 0
+	for _, b := range payload {
+		n += len(b)
+	}
+	s.add(clientHeader(fin, op, n), -1)
+	n = 0
+	for _, b := range payload {
+		s.add(b, n%4)
+		n += len(b)
+	}
+}
+
+// take takes the first n bytes away, or all, and appends them to b.
+func (s *simStream) take(b []byte, n int) []byte {
+	for n > 0 && s.n > 0 {
+		p := &s.pieces[0]
+		k := min(n, len(p.b))
+		b = append(b, p.b[:k]...)
+		if p.mask >= 0 {
+			maskFrom(p.mask, b[len(b)-k:])
+			p.mask = (p.mask + k) % 4
+		}
+		p.b = p.b[k:]
+		n, s.n = n-k, s.n-k
+		if len(p.b) == 0 {
+			s.pieces = s.pieces[1:]
+		}
+	}
+	return b
 }
 
 // open makes a socket with the lowest free descriptor, as POSIX wants it.
@@ -134,7 +216,7 @@ func (s *simSocket) events() (e uint32) {
 			e |= flag
 		}
 	}
-	tell(len(s.in) > 0 || s.ended(), syscall.EPOLLIN)
+	tell(s.in.len() > 0 || s.ended(), syscall.EPOLLIN)
 	tell(s.writable(), syscall.EPOLLOUT)
 	tell(s.ended(), syscall.EPOLLRDHUP)
 	tell(s.reset || s.ended() && s.outEnd, syscall.EPOLLHUP)
@@ -143,7 +225,18 @@ func (s *simSocket) events() (e uint32) {
 }
 
 func (s *simSocket) ended() bool    { return s.inEnd || s.reset || s.shutRead }
-func (s *simSocket) writable() bool { return s.outEnd || s.reset || 3*len(s.out) <= 2*s.outCap }
+func (s *simSocket) writable() bool { return s.outEnd || s.reset || 3*s.out.len() <= 2*s.outCap }
+
+// grown is the size of a buffer that n bytes more have come through: as TCP has it, one
+// grows that has been filled over and over. Else most of a world were the same few bytes
+// again.
+func (s *simSocket) grown(size int, through *int, n int) int {
+	if *through += n; *through < 256*size || size >= 64<<10 || s.peer.w.calm {
+		return size
+	}
+	*through = 0
+	return 2 * size
+}
 
 // tellRoom is what a kernel does when a good part of a full send buffer is free.
 func (s *simSocket) tellRoom() bool {
@@ -154,14 +247,15 @@ func (s *simSocket) tellRoom() bool {
 	return true
 }
 
-// pending is what wait has to tell of.
-func (k *simSet) pending() (all []*simSocket) {
+// pending is what wait has to tell of, until it is called again.
+func (k *simSet) pending() []*simSocket {
+	k.tell = k.tell[:0]
 	for _, s := range k.sockets {
 		if s != nil && s.set == k && s.ready {
-			all = append(all, s)
+			k.tell = append(k.tell, s)
 		}
 	}
-	return all
+	return k.tell
 }
 
 func (k *simSet) wait(told []syscall.EpollEvent, may, crowd bool) (n int, err error) {
@@ -201,7 +295,7 @@ func (k *simKernel) recv(fd int, p []byte) (int, error) {
 		return 0, syscall.EINTR
 	}
 	n, err := s.recv(p)
-	if !w.calm && !w.settling && w.chance(100) { // what another goroutine does meanwhile
+	if !w.calm && !w.settling && w.chance(30) { // what another goroutine does meanwhile
 		time.Sleep(time.Microsecond)
 		if len(w.live) < 40 && w.chance(8) {
 			w.arrive()
@@ -219,14 +313,14 @@ func (s *simSocket) recv(p []byte) (int, error) {
 	switch {
 	case s.fd < 0:
 		return 0, net.ErrClosed
-	case len(s.in) > 0:
-		n := min(len(p), len(s.in))
+	case s.in.len() > 0:
+		n := min(len(p), s.in.len())
 		if s.reads.IntN(8) == 0 { // the rest arrives just now
 			n = 1 + s.reads.IntN(n)
 			s.ready = true
 		}
-		copy(p, s.in[:n])
-		s.in = s.in[n:]
+		copy(p, s.in.take(n))
+		s.inCap = s.grown(s.inCap, &s.inThrough, n)
 		s.peer.heard = s.peer.w.now()
 		return n, nil
 	case s.reset:
@@ -258,14 +352,14 @@ func (s *simSocket) send(bufs [][]byte) (int, error) {
 	for _, b := range bufs {
 		total += len(b)
 	}
-	n := max(0, min(total, s.outCap-len(s.out)))
+	n := max(0, min(total, s.outCap-s.out.len()))
 	if n > 0 && !s.peer.w.calm && s.writes.IntN(12) == 0 { // for want of memory
 		n = 1 + s.writes.IntN(n)
 	}
 	s.full = s.full || n < total
 	for left := n; left > 0; bufs = bufs[1:] {
 		k := min(left, len(bufs[0]))
-		s.out = append(s.out, bufs[0][:k]...)
+		s.out.add(bufs[0][:k]...)
 		left -= k
 	}
 	if n == 0 {
@@ -288,7 +382,7 @@ func (k *simKernel) close(fd int) {
 func (s *simSocket) close() {
 	s.peer.w.kernel.sockets[s.fd] = nil
 	s.fd, s.outEnd = -1, true
-	if len(s.in) > 0 {
+	if s.in.len() > 0 {
 		s.breakOff()
 	}
 }
@@ -297,7 +391,7 @@ func (s *simSocket) close() {
 func (s *simSocket) breakOff() {
 	if !s.broken {
 		s.broken = true
-		s.out = s.out[:s.reads.IntN(len(s.out)+1)]
+		s.out.all = s.out.all[:s.out.gone+s.reads.IntN(s.out.len()+1)]
 	}
 }
 
@@ -391,6 +485,12 @@ type simulation struct {
 	reasons    [closeReasonCount]int
 	named      [evidenceCount + 1]bool // ids that daemons have named: what they may be evidence of
 	trace      *logBuffer              // nil for none
+
+	// Room that is used again and again.
+	record [maxRecord]byte
+	plain  []byte
+	pumped []*simPeer
+	after  []*simPeer
 }
 
 // simHome is a server-id.
@@ -531,6 +631,7 @@ func newSimulation(plan simPlan, trace *logBuffer) (w *simulation, steps int) {
 		}
 		w.homes = append(w.homes, h)
 	}
+	w.after = make([]*simPeer, len(w.homes))
 	return w, min(50+w.rng.IntN(400), plan.steps)
 }
 
@@ -646,8 +747,9 @@ func (w *simulation) turn(k *simSet) bool {
 func (w *simulation) pump() {
 	for moved := true; moved; {
 		moved = false
-		for _, p := range slices.Clone(w.live) {
-			moved = p.push(math.MaxInt) || moved
+		w.pumped = append(w.pumped[:0], w.live...) // whom judge takes out of the other
+		for _, p := range w.pumped {
+			moved = p.hasMore() && p.push(math.MaxInt) || moved
 			if !p.deaf && p.slow == 0 {
 				moved = p.take(math.MaxInt) || moved
 			}
@@ -714,8 +816,7 @@ func (w *simulation) arrive() {
 	if role == rolePhone && w.chance(3) {
 		p.say()
 	}
-	first := p.send[:w.rng.IntN(len(p.send)+1)]
-	p.send = p.send[len(first):]
+	first := p.send.take(nil, w.rng.IntN(p.send.n+1))
 	var nc net.Conn = &accepted{fd: p.sock.fd}
 	if w.goroutines != nil {
 		nc = &simConn{simSocket: p.sock}
@@ -738,7 +839,7 @@ func (w *simulation) arrive() {
 	}
 	w.log("%s comes to %s, with %d bytes; TLS: %v", p.id, h.id, len(first), p.tls != nil)
 	w.arriving = p
-	w.r.begin(p.s, from, nc, bytes.Clone(first), []byte(simAnswer))
+	w.r.begin(p.s, from, nc, first, []byte(simAnswer))
 	w.quiet()
 	// What is left of an answer has to fit, where the socket does not take it whole.
 	if got := p.s.endReason; got != want && got != endMemoryLimit && !p.unwatched() {
@@ -753,7 +854,8 @@ func (w *simulation) arrive() {
 // judge holds what has changed in the relay against what was done to it.
 func (w *simulation) judge() {
 	w.quiet()
-	after := make([]*simPeer, len(w.homes))
+	after := w.after[:len(w.homes)]
+	clear(after)
 	for i, h := range w.homes {
 		v, ok := w.r.registry.servers.Load(h.id)
 		if !ok || v.(*server).binary == nil {
@@ -771,7 +873,9 @@ func (w *simulation) judge() {
 			}
 		}
 	}
+	ended := false
 	for _, p := range w.live {
+		ended = ended || p.over && p.s.is(connClosed)
 		if p.reason == endNone && p.s.endReason != endNone {
 			p.judge(after[slices.Index(w.homes, p.home)])
 		}
@@ -793,7 +897,9 @@ func (w *simulation) judge() {
 		}
 		h.holder, h.held = after[i], h.held || after[i] != nil
 	}
-	w.live = slices.DeleteFunc(w.live, func(p *simPeer) bool { return p.over && p.s.is(connClosed) })
+	if ended {
+		w.live = slices.DeleteFunc(w.live, func(p *simPeer) bool { return p.over && p.s.is(connClosed) })
+	}
 }
 
 // check holds the relay's gauges and its budget against a recount.
@@ -862,8 +968,8 @@ func (w *simulation) checkSleep(set *simSet) {
 		switch {
 		case !s.paused.Load():
 			owes := s.closeHeard && (s.out.n > 0 || staged)
-			if k.watched && k.fd >= 0 && (len(k.in) > 0 || k.ended() && !owes) {
-				w.fail("%s has %d bytes to read, ended %v, and nothing reads them", p, len(k.in), k.ended())
+			if k.watched && k.fd >= 0 && (k.in.len() > 0 || k.ended() && !owes) {
+				w.fail("%s has %d bytes to read, ended %v, and nothing reads them", p, k.in.len(), k.ended())
 			}
 		case !s.is(connOpen):
 			w.fail("%s is paused past its end", p)
@@ -1026,9 +1132,9 @@ type simPeer struct {
 	// Its end of the wire.
 	tls       *tls.Conn // nil for none
 	sealed    *simSealed
-	send      []byte // the network has not taken it
-	sendEnd   bool   // FIN is behind send
-	got       []byte // not parsed
+	send      simStream // the network has not taken it
+	sendEnd   bool      // FIN is behind send
+	got       simBytes  // not parsed
 	upgraded  bool
 	closed    bool // it has got a close frame
 	over      bool // the network has told of the end
@@ -1054,11 +1160,11 @@ type simPeer struct {
 
 	// Of a phone.
 	joined    bool
-	daemon    *simPeer // nil before there is one
-	said      int      // messages
-	up        [][]byte // messages that no daemon has got
-	down      [][]byte // of these, the ones that it has not got
-	directive int      // close code that its daemon has sent, 0 for none
+	daemon    *simPeer     // nil before there is one
+	said      int          // messages
+	up        []simMessage // messages that no daemon has got
+	down      []simMessage // of these, the ones that it has not got
+	directive int          // close code that its daemon has sent, 0 for none
 	tell      simNotice
 	toldTo    *simPeer
 }
@@ -1082,12 +1188,17 @@ func (p *simPeer) String() string {
 
 func (p *simPeer) fail(format string, args ...any) { p.w.fail(p.id+": "+format, args...) }
 
+// hasMore reports whether push may do something.
+func (p *simPeer) hasMore() bool {
+	return p.send.n > 0 || p.sendEnd && !p.sock.inEnd || p.tls != nil
+}
+
 // push hands bytes to the network.
 func (p *simPeer) push(most int) bool {
 	k := p.sock
-	send := p.outbox(most)
-	n := min(most, len(*send), k.inCap-len(k.in))
-	if len(*send) == 0 && (!p.sendEnd || k.inEnd) {
+	left := p.sealUp(most)
+	n := min(most, left, k.inCap-k.in.len())
+	if left == 0 && (!p.sendEnd || k.inEnd) {
 		return false
 	}
 	k.mu.Lock()
@@ -1097,19 +1208,26 @@ func (p *simPeer) push(most int) bool {
 	case k.reset:
 		return false
 	case k.fd < 0: // what comes behind the relay's end is answered with a reset
-		if len(*send) > 0 {
+		if left > 0 {
 			k.breakOff()
-			*send, p.send = nil, nil
+			p.send = simStream{}
+			if p.tls != nil {
+				p.sealed.out = simBytes{}
+			}
 		}
 		return false
 	case n > 0:
-		k.in = append(k.in, (*send)[:n]...)
-		*send = (*send)[n:]
-		if all := len(*send)+len(p.send) == 0 && (p.tls == nil || p.sealed.said); all && p.sendEnd && !p.w.calm && p.w.odd(2) {
+		if p.tls != nil {
+			k.in.add(p.sealed.out.take(n)...)
+		} else {
+			k.in.reuse()
+			k.in.all = p.send.take(k.in.all, n)
+		}
+		if all := n == left && p.send.n == 0 && (p.tls == nil || p.sealed.said); all && p.sendEnd && !p.w.calm && p.w.odd(2) {
 			k.inEnd = true
 			p.w.log("%s: FIN behind its last bytes", p)
 		}
-	case len(*send) == 0 && len(p.send) == 0 && p.sendEnd && !k.inEnd:
+	case left == 0 && p.send.n == 0 && p.sendEnd && !k.inEnd:
 		k.inEnd = true
 		p.w.log("%s: FIN", p)
 	default:
@@ -1123,20 +1241,26 @@ func (p *simPeer) push(most int) bool {
 // take takes bytes from the network.
 func (p *simPeer) take(most int) bool {
 	k := p.sock
-	if p.over || len(k.out) == 0 && !k.outEnd && !k.broken {
+	if p.over || k.out.len() == 0 && !k.outEnd && !k.broken {
 		return false
 	}
 	k.mu.Lock()
-	n := min(most, len(k.out))
-	taken := k.out[:n:n] // what comes is appended behind it
-	k.out = k.out[n:]
+	taken := k.out.take(most)
+	if p.tls == nil {
+		p.got.add(taken...)
+	} else {
+		p.sealed.in.add(taken...)
+	}
+	k.outCap = k.grown(k.outCap, &k.outThrough, len(taken))
 	k.changed.Broadcast()
 	k.mu.Unlock()
 	p.w.quiet()
-	if n > 0 {
+	if len(taken) > 0 {
 		p.took = p.w.now()
 		k.tellRoom()
-		p.open(taken)
+		if p.tls != nil {
+			p.open()
+		}
 		p.parse()
 		p.w.served()
 		return true
@@ -1161,29 +1285,29 @@ func (p *simPeer) take(most int) bool {
 // parse takes frames of the relay apart.
 func (p *simPeer) parse() {
 	if !p.upgraded {
-		if len(p.got) < len(simAnswer) {
+		if p.got.len() < len(simAnswer) {
 			return
 		}
-		if !bytes.HasPrefix(p.got, []byte(simAnswer)) {
-			p.fail("got %.50q in place of the 101", p.got)
+		if got := p.got.take(len(simAnswer)); string(got) != simAnswer {
+			p.fail("got %.50q in place of the 101", got)
 		}
-		p.upgraded, p.got = true, p.got[len(simAnswer):]
+		p.upgraded = true
 	}
-	for len(p.got) >= 2 {
-		size, n := 2, int(p.got[1])
+	for p.got.len() >= 2 {
+		got := p.got.bytes()
+		size, n := 2, int(got[1])
 		switch {
-		case n == 126 && len(p.got) >= 4:
-			size, n = 4, int(binary.BigEndian.Uint16(p.got[2:]))
-		case n == 127 && len(p.got) >= 10:
-			size, n = 10, int(binary.BigEndian.Uint64(p.got[2:]))
+		case n == 126 && len(got) >= 4:
+			size, n = 4, int(binary.BigEndian.Uint16(got[2:]))
+		case n == 127 && len(got) >= 10:
+			size, n = 10, int(binary.BigEndian.Uint64(got[2:]))
 		case n >= 126:
 			return
 		}
-		if len(p.got) < size+n {
+		if len(got) < size+n {
 			return
 		}
-		first, payload := p.got[0], p.got[size:size+n]
-		p.got = p.got[size+n:]
+		first, payload := got[0], p.got.take(size + n)[size:]
 		if first == last|opText {
 			p.texts++
 			p.textBytes += uint64(n)
@@ -1194,14 +1318,14 @@ func (p *simPeer) parse() {
 		case first == last|opText && p.role == roleBinary:
 			p.takeEnvelope(payload)
 		case first == last|opText:
-			if len(p.down) == 0 || !bytes.Equal(p.down[0], payload) {
+			if len(p.down) == 0 || !p.down[0].is(payload) {
 				p.fail("got %.60q, and %d other frames were sent", payload, len(p.down))
 			}
 			p.down = p.down[1:]
 			p.taken++
 		case first == last|opPing:
 			if !p.mute && !p.done {
-				p.send = append(p.send, clientFrame(last, opPong, payload)...)
+				p.send.frame(last, opPong, payload)
 			}
 		case first == last|opPong:
 			i := slices.Index(p.pings, string(payload)) // of several, the latest may be answered alone
@@ -1232,7 +1356,8 @@ func (p *simPeer) takeEnvelope(text []byte) {
 	case ph.daemon != p:
 		p.fail("got %.60q of a phone that is %v's", text, ph.daemon)
 	case isFrame:
-		if len(ph.up) == 0 || !bytes.Equal(frame, append(slices.Clip(ph.up[0]), '}')) {
+		said, whole := bytes.CutSuffix(frame, []byte{'}'})
+		if len(ph.up) == 0 || !whole || !ph.up[0].is(said) {
 			p.fail("got %.60q, and %d other messages were sent", text, len(ph.up))
 		}
 		ph.up = ph.up[1:]
@@ -1276,7 +1401,7 @@ func (p *simPeer) takeClose(payload []byte) {
 		return
 	}
 	if !p.done || p.flaw == endNotJSON || p.flaw == endInvalidUTF8 { // its frames are as they should be
-		p.send = append(p.send, clientFrame(last, opClose, payload[:min(len(payload), 2)])...)
+		p.send.frame(last, opClose, payload[:min(len(payload), 2)])
 	}
 	// A client should leave it to the server to end TCP (RFC 6455 §7.1.1).
 	p.done, p.sendEnd = true, p.sendEnd || p.halfAt != 0 || p.rng.IntN(2) == 0
@@ -1307,9 +1432,9 @@ func (p *simPeer) judge(holder *simPeer) {
 		// Of a record of TLS the relay sees only that it is out.
 		ok = (p.tls != nil || p.w.goroutines != nil || since(p.took, o.writeTimeout)) && p.stuck
 	case endBacklogFull:
-		n := len(p.sock.out)
+		n := p.sock.out.len()
 		for _, frame := range p.down {
-			n += maxSendHeader + len(frame)
+			n += maxSendHeader + frame.size()
 		}
 		for _, ping := range p.pings {
 			n += 2 + len(ping)
@@ -1394,37 +1519,108 @@ func (p *simPeer) checkSettled() {
 	}
 }
 
+// simText is what messages are made of: the inside of a JSON string, and before which
+// of its bytes that may begin or end.
+var simText = sync.OnceValues(func() (text []byte, cut []bool) {
+	rng := rand.New(rand.NewPCG(0, 0))
+	add := func(piece string) {
+		text = append(text, piece...)
+		cut = append(append(cut, true), make([]bool, len(piece)-1)...)
+	}
+	for len(text) < 1<<20 {
+		for range rng.IntN(1 << rng.IntN(12)) {
+			add(stressPieces[rng.IntN(len(stressPieces))])
+		}
+		for range rng.IntN(1 << rng.IntN(15)) { // long strings take another way through the scanner
+			add("x")
+		}
+	}
+	return text, append(cut, true)
+})
+
+// simMessage is a message in pieces.
+type simMessage [][]byte
+
+// makeMessage makes message n of a peer, with size bytes of text, or a few less.
+func (w *simulation) makeMessage(from string, n, size int) simMessage {
+	text, cut := simText()
+	begin := w.rng.IntN(len(text) - size)
+	end := begin + size
+	for begin < end && !cut[begin] {
+		begin++
+	}
+	for begin < end && !cut[end] {
+		end--
+	}
+	return simMessage{fmt.Appendf(nil, `{"from":%q,"n":%d,"body":"`, from, n), text[begin:end], []byte(`" , "end" : [ 1.50 , null ] }`)}
+}
+
+func (m simMessage) size() (n int) {
+	for _, b := range m {
+		n += len(b)
+	}
+	return n
+}
+
+// is reports whether b is m.
+func (m simMessage) is(b []byte) bool {
+	for _, piece := range m {
+		if !bytes.HasPrefix(b, piece) {
+			return false
+		}
+		b = b[len(piece):]
+	}
+	return len(b) == 0
+}
+
+// cut parts m behind its first n bytes.
+func (m simMessage) cut(n int) (front, rest simMessage) {
+	for i, b := range m {
+		if n < len(b) {
+			return append(front, b[:n]), append(simMessage{b[n:]}, m[i+1:]...)
+		}
+		front = append(front, b)
+		n -= len(b)
+	}
+	return front, nil
+}
+
+// in puts m into an envelope.
+func (m simMessage) in(before, behind string) simMessage {
+	return append(append(simMessage{[]byte(before)}, m...), []byte(behind))
+}
+
 // write sends a message, as one frame or in fragments with pings between them.
-func (p *simPeer) write(message []byte) {
-	rng, op := p.w.rng, byte(opText)
+func (p *simPeer) write(message ...[]byte) {
+	m, rng, op := simMessage(message), p.w.rng, byte(opText)
 	if rng.IntN(8) == 0 {
 		op = opBinary
 	}
 	for rng.IntN(4) == 0 {
-		n := rng.IntN(len(message) + 1)
-		p.send = append(p.send, clientFrame(more, op, message[:n])...)
-		message, op = message[n:], opContinuation
+		front, rest := m.cut(rng.IntN(m.size() + 1))
+		p.send.frame(more, op, front...)
+		m, op = rest, opContinuation
 		if rng.IntN(3) == 0 {
 			p.ping()
 		}
 	}
-	p.send = append(p.send, clientFrame(last, op, message)...)
+	p.send.frame(last, op, m...)
 }
 
 func (p *simPeer) ping() {
 	ping := fmt.Sprintf("ping %0*d", p.w.rng.IntN(maxControl-5), p.w.rng.Uint32())
 	p.pings = append(p.pings, ping)
-	p.send = append(p.send, clientFrame(last, opPing, []byte(ping))...)
+	p.send.frame(last, opPing, []byte(ping))
 }
 
 // say sends a message to the other side.
 func (p *simPeer) say() {
 	w := p.w
-	message := makeMessage(p.id, p.said, "", w.size())
+	message := w.makeMessage(p.id, p.said, w.size())
 	p.said++
 	if p.role == rolePhone {
 		p.up = append(p.up, message)
-		p.write(message)
+		p.write(message...)
 		return
 	}
 	var mine []*simPeer
@@ -1463,11 +1659,11 @@ func (p *simPeer) say() {
 			return
 		}
 		ph.down = append(ph.down, message)
-		p.write(fmt.Appendf(nil, `{"conn_id":%q,"frame":%s,"close_code":%d}`, ph.id, message, ph.directive))
+		p.write(message.in(fmt.Sprintf(`{"conn_id":%q,"frame":`, ph.id), fmt.Sprintf(`,"close_code":%d}`, ph.directive))...)
 		return
 	}
 	ph.down = append(ph.down, message)
-	p.write(fmt.Appendf(nil, `{"frame":%s,"conn_id":%q}`, message, ph.id))
+	p.write(message.in(`{"frame":`, fmt.Sprintf(`,"conn_id":%q}`, ph.id))...)
 }
 
 // simOthers is how many other relays daemons may tell of.
@@ -1555,29 +1751,30 @@ func (p *simPeer) act() {
 		if p.closes == noCloseCode {
 			payload = nil
 		}
-		p.send = append(p.send, clientFrame(last, opClose, payload)...)
+		p.send.frame(last, opClose, payload)
 		p.sendEnd = w.chance(4)
 		w.log("%s closes with %d", p, p.closes)
 	case x < 5:
 		p.lost, p.sendEnd = true, true
 		if w.chance(2) {
-			p.send = append(p.send, clientFrame(last, opText, []byte(`"half of it"`))[:9]...)
+			p.send.add(clientFrame(last, opText, []byte(`"half of it"`))[:9], -1)
 		}
 		w.log("%s ends TCP", p)
 	case x < 7 && w.calm && p.s.paused.Load(): // how much of what is lost was read is the poller's affair
 		p.done = false
 	case x < 7:
-		p.send, p.lost, p.over = nil, true, true
+		p.send, p.lost, p.over = simStream{}, true, true
 		p.sock.mu.Lock()
-		p.sock.reset, p.sock.ready, p.sock.out = true, true, nil
+		p.sock.reset, p.sock.ready, p.sock.out = true, true, simBytes{}
 		p.sock.changed.Broadcast()
 		p.sock.mu.Unlock()
 		w.log("%s breaks TCP", p)
 		w.judge()
 	case x < 8:
-		frame := clientFrame(last, opText, makeMessage(p.id, 0, "", 200))
+		frame := clientFrame(last, opText, bytes.Join(w.makeMessage(p.id, 0, 200), nil))
 		n := 1 + w.rng.IntN(len(frame)-1)
-		p.send, p.rest, p.halfAt = append(p.send, frame[:n]...), frame[n:], w.now()
+		p.send.add(frame[:n], -1)
+		p.rest, p.halfAt = frame[n:], w.now()
 		w.log("%s leaves a message unfinished", p)
 	default:
 		v := violations[w.rng.IntN(len(violations))]
@@ -1590,7 +1787,7 @@ func (p *simPeer) act() {
 			}
 		}
 		p.flaw = v.reason
-		p.send = append(p.send, v.bytes...)
+		p.send.add(v.bytes, -1)
 		w.log("%s breaks a rule: %v", p, v.reason)
 	}
 }
@@ -1628,7 +1825,8 @@ func (p *simPeer) tick() {
 		p.take(p.slow)
 	}
 	if len(p.rest) > 1 && p.rng.IntN(3) == 0 {
-		p.send, p.rest = append(p.send, p.rest[0]), p.rest[1:]
+		p.send.add(p.rest[:1], -1)
+		p.rest = p.rest[1:]
 	}
 }
 
@@ -1651,30 +1849,28 @@ var simTLS = sync.OnceValue(func() *tls.Config {
 
 // simSealed is what a peer's crypto/tls has in place of a connection.
 type simSealed struct {
-	net.Conn        // of the handshake, and nil behind it
-	in       []byte // not decrypted
-	out      []byte // the network has not taken it
-	ended    bool   // the relay's TLS is over
-	said     bool   // the peer's is
+	net.Conn          // of the handshake, and nil behind it
+	in       simBytes // not decrypted
+	out      simBytes // the network has not taken it
+	ended    bool     // the relay's TLS is over
+	said     bool     // the peer's is
 }
 
 func (s *simSealed) Read(p []byte) (int, error) {
 	switch {
 	case s.Conn != nil:
 		return s.Conn.Read(p)
-	case len(s.in) == 0:
+	case s.in.len() == 0:
 		return 0, os.ErrDeadlineExceeded
 	}
-	n := copy(p, s.in)
-	s.in = s.in[n:]
-	return n, nil
+	return copy(p, s.in.take(len(p))), nil
 }
 
 func (s *simSealed) Write(p []byte) (int, error) {
 	if s.Conn != nil {
 		return s.Conn.Write(p)
 	}
-	s.out = append(s.out, p...)
+	s.out.add(p...)
 	return len(p), nil
 }
 
@@ -1705,45 +1901,41 @@ func (p *simPeer) secure(nc net.Conn, first []byte) (net.Conn, []byte) {
 		p.tls.Write(first[:n])
 		first = first[n:]
 	}
-	ahead := &simSealed{in: p.sealed.out[:w.rng.IntN(len(p.sealed.out)+1)]}
-	p.sealed.out = p.sealed.out[len(ahead.in):]
+	ahead := new(simSealed)
+	ahead.in.add(p.sealed.out.take(w.rng.IntN(p.sealed.out.len() + 1))...)
 	under.Conn = ahead
 	got := make([]byte, 1+w.rng.IntN(5000))
 	n, _ := server.Read(got)
-	p.sealed.out = append(ahead.in, p.sealed.out...) // crypto/tls had no room for it
+	ahead.in.add(p.sealed.out.bytes()...) // crypto/tls had no room for it
+	p.sealed.out = ahead.in
 	under.Conn = nc
 	return server, got[:n]
 }
 
-// outbox is what p has for the network, most bytes of it sealed by now.
-func (p *simPeer) outbox(most int) *[]byte {
+// sealUp returns how much p has for the network, which with TLS is what is sealed by now.
+func (p *simPeer) sealUp(most int) int {
 	if p.tls == nil {
-		return &p.send
+		return p.send.n
 	}
-	if s := p.sealed; len(s.out) == 0 && !s.said {
-		if n := min(most, len(p.send)); n > 0 {
-			p.tls.Write(p.send[:n])
-			p.send = p.send[n:]
-		} else if p.sendEnd && !p.sock.inEnd && (!p.lost || p.rng.IntN(2) == 0) { // else it ends TCP alone
-			s.said = true
-			p.tls.CloseWrite()
-		}
+	s := p.sealed
+	switch {
+	case s.out.len() > 0 || s.said:
+	case p.send.n > 0:
+		p.w.plain = p.send.take(p.w.plain[:0], min(most, 64<<10))
+		p.tls.Write(p.w.plain)
+	case p.sendEnd && !p.sock.inEnd && (!p.lost || p.rng.IntN(2) == 0): // else it ends TCP alone
+		s.said = true
+		p.tls.CloseWrite()
 	}
-	return &p.sealed.out
+	return s.out.len()
 }
 
 // open takes what has arrived out of its seal.
-func (p *simPeer) open(b []byte) {
-	if p.tls == nil {
-		p.got = append(p.got, b...)
-		return
-	}
-	p.sealed.in = append(p.sealed.in, b...)
+func (p *simPeer) open() {
 	for err := error(nil); err == nil; {
 		var n int
-		room := make([]byte, maxRecord)
-		n, err = p.tls.Read(room)
-		p.got = append(p.got, room[:n]...)
+		n, err = p.tls.Read(p.w.record[:])
+		p.got.add(p.w.record[:n]...)
 		if p.sealed.ended = err == io.EOF; err != nil && err != io.EOF && err != os.ErrDeadlineExceeded {
 			p.fail("TLS: %v", err)
 		}
