@@ -472,14 +472,12 @@ type pipe struct {
 }
 
 func newPipe(from, to *wsClient, in []byte, outSize int) *pipe {
-	deadline := time.Now().Add(patience)
-	from.nc.SetDeadline(deadline)
-	to.nc.SetDeadline(deadline)
 	return &pipe{from, to, in, make([]byte, outSize), make(chan error, 1)}
 }
 
 // pass sends what is to be sent and waits for all of it at the other end.
 func (p *pipe) pass() error {
+	p.to.nc.SetReadDeadline(time.Now().Add(patience))
 	if len(p.in) <= 64<<10 { // fits in the socket's buffer
 		p.send()
 	} else {

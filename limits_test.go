@@ -939,14 +939,15 @@ func TestLimitsMemoryStaysAsPromised(t *testing.T) {
 				})
 			}
 			all.Wait()
-			stop := func() {}
+			stop, arrive := func() {}, make(chan struct{}, 8*maxWaiting) // every place is taken some eight times
 			if c.drops != nil {
-				arrive := make(chan struct{}, 8*maxWaiting) // every place is taken some eight times
 				for range cap(arrive) {
 					arrive <- struct{}{}
 				}
 				stop = dawdlers(t, p.addr, arrive, func(i int) string { return c.drops[i%len(c.drops)] })
 			}
+			// As long as dawdlers still come, the peak may be ahead.
+			eventually(t, "all have come", func() bool { return len(arrive) == 0 })
 			highest, same := int64(0), 0
 			eventually(t, "the peak is over", func() bool { // it looks every millisecond
 				if same++; p.peakMemory() > highest {

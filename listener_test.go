@@ -586,7 +586,7 @@ func TestListenerTime(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			t.Parallel()
-			o := testOptions()
+			o := timedOptions()
 			o.proxyProtocol = c.proxy
 			onFakeClockWith(t, o, c.wrap, func(t *testing.T, r *testRelay) {
 				nc, err := r.connect()

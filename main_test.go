@@ -171,7 +171,7 @@ func TestProgramAnswersWhatItHasAccepted(t *testing.T) {
 		asks, lasts time.Duration // from the beginning of the end, and from the request
 		want        string
 	}{{0, soon, "HTTP/1.1 200 OK"}, {soon, 0, "HTTP/1.1 200 OK"}, {0, time.Hour, ""}, {time.Hour, 0, ""}} {
-		onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+		onFakeClock(t, timedOptions(), func(t *testing.T, r *testRelay) {
 			ln := &pipeListener{conns: make(chan net.Conn), done: make(chan struct{})}
 			over := make(chan struct{})
 			defer close(over)
@@ -685,7 +685,7 @@ func TestLogWithoutReader(t *testing.T) {
 	}
 }
 
-// writerFunc is a reader of the log that a test plays.
+// writerFunc is a reader that a test plays.
 type writerFunc func(p []byte) (int, error)
 
 func (f writerFunc) Write(p []byte) (int, error) { return f(p) }

@@ -119,7 +119,7 @@ type balancer struct {
 	// Set before the first connection.
 	request  func(head string) string // what the backend gets, nil: as it is
 	reply    func(head string) string // what the client gets
-	idle     time.Duration            // cuts a direction that is silent for so long
+	cut      chan struct{}            // closed, it cuts all connections
 	farewell string                   // what the client gets at the end
 }
 
@@ -154,28 +154,35 @@ func (b *balancer) serve(client net.Conn) {
 	}
 	io.WriteString(server, head)
 	var there sync.WaitGroup
-	there.Go(func() { b.pump(server, client, cr, "") })
+	over := make(chan struct{})
+	there.Go(func() {
+		select {
+		case <-b.cut:
+			client.SetReadDeadline(time.Now())
+			server.SetReadDeadline(time.Now())
+		case <-over:
+		}
+	})
+	there.Go(func() { pump(server, cr, "") })
 	sr := bufio.NewReader(server)
 	if head, err = readHead(sr); err == nil {
 		if b.reply != nil {
 			head = b.reply(head)
 		}
 		io.WriteString(client, head)
-		b.pump(client, server, sr, b.farewell)
+		pump(client, sr, b.farewell)
 	}
 	client.Close()
 	server.Close()
+	close(over)
 	there.Wait()
 }
 
-// pump copies until either end is over, or silent for b.idle.
-func (b *balancer) pump(to, from net.Conn, r io.Reader, farewell string) {
+// pump copies until either end is over.
+func pump(to net.Conn, from io.Reader, farewell string) {
 	buf := make([]byte, 32<<10)
 	for {
-		if b.idle > 0 {
-			from.SetReadDeadline(time.Now().Add(b.idle))
-		}
-		n, err := r.Read(buf)
+		n, err := from.Read(buf)
 		to.Write(buf[:n])
 		if err != nil {
 			io.WriteString(to, farewell)
@@ -269,7 +276,10 @@ func runSteps(t *testing.T, target string, p probe) *probeRun {
 	if r.dialer.base, err = parseProbeURL(target); err != nil {
 		t.Fatal(err)
 	}
-	r.out, r.progress = &r.shown, &r.notes
+	r.out = &r.shown
+	if r.progress == nil {
+		r.progress = &r.notes
+	}
 	r.ok = r.run(t.Context())
 	if r.ok != r.report.OK {
 		t.Errorf("the report says %v, run %v", r.report.OK, r.ok)
@@ -377,8 +387,12 @@ func TestProbeFails(t *testing.T) {
 		change(b)
 		return "ws://" + b.addr
 	}
+	cuts := map[string]chan struct{}{} // of the proxies that cut what is idle, by target
 	quiet := func(farewell string) string {
-		return through(func(b *balancer) { b.idle, b.farewell = time.Second, farewell })
+		cut := make(chan struct{})
+		target := through(func(b *balancer) { b.cut, b.farewell = cut, farewell })
+		cuts[target] = cut
+		return target
 	}
 	secured := func(left time.Duration, name string) string {
 		return "wss://" + onLocalhost(startBalancer(t, selfSigned(t, pool, name, 900*time.Hour+left, left), always(relay.addr)).addr)
@@ -449,6 +463,12 @@ func TestProbeFails(t *testing.T) {
 			}
 			if tt.step == "idle" {
 				how.idle = patience
+				how.progress = writerFunc(func(note []byte) (int, error) {
+					if strings.HasPrefix(string(note), "silent for") { // else it would cut what is only slow
+						close(cuts[tt.target])
+					}
+					return len(note), nil
+				})
 			}
 			p := runSteps(t, tt.target, how)
 			if p.ok {
@@ -679,15 +699,16 @@ func TestProbePeerRefusesStrangeFrames(t *testing.T) {
 			t.Parallel()
 			b := startBalancer(t, nil, always(startRelay(t, testOptions()).addr))
 			b.reply = func(head string) string { return head + frame }
-			if name == "cut off" {
-				b.idle = 50 * time.Millisecond
-			}
+			b.cut = make(chan struct{})
 			d := dialer{base: &url.URL{Scheme: "ws", Host: b.addr}}
 			c, _, err := d.dial(t.Context(), rolePhone, "server", "")
 			if err != nil {
 				t.Fatal(err)
 			}
 			defer c.close()
+			if name == "cut off" {
+				close(b.cut)
+			}
 			eventually(t, "the session ends", func() bool { return isClosed(c.over) })
 			if c.end.code != 1006 {
 				t.Errorf("the session ended with %v", c.end)

@@ -84,7 +84,7 @@ func TestClaimTwoNewcomersLiveIncumbent(t *testing.T) {
 // A frozen incumbent has five seconds; then it is out, and its phones with it.
 func TestClaimFrozenIncumbent(t *testing.T) {
 	t.Parallel()
-	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+	onFakeClock(t, timedOptions(), func(t *testing.T, r *testRelay) {
 		b, ph, _ := r.pair("id")
 		incumbent := r.holder("id")
 		start := time.Now()
@@ -123,9 +123,7 @@ func TestClaimDeadIncumbent(t *testing.T) {
 		"half-close": func(b *wsClient) { b.tcp().CloseWrite() },
 		"reset":      func(b *wsClient) { b.reset() },
 	}
-	o := testOptions()
-	o.challengeTimeout = time.Hour
-	onEach(t, o, func(t *testing.T, r *testRelay) {
+	onEach(t, testOptions(), func(t *testing.T, r *testRelay) {
 		for id, end := range ends {
 			b, ph, _ := r.pair(id)
 			newcomer := r.rival(id)
@@ -168,7 +166,7 @@ func (c *wsClient) heeds() <-chan string {
 // other it is a live one.
 func TestClaimTwoNewcomersTakeOver(t *testing.T) {
 	t.Parallel()
-	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+	onFakeClock(t, timedOptions(), func(t *testing.T, r *testRelay) {
 		b, ph, _ := r.pair("id")
 		incumbent := r.holder("id")
 		winner := r.rival("id").heeds()
@@ -213,7 +211,7 @@ func TestClaimOutlivesLostAttempts(t *testing.T) {
 		for second, endSecond := range ends {
 			t.Run(first+", "+second, func(t *testing.T) {
 				t.Parallel()
-				onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+				onFakeClock(t, timedOptions(), func(t *testing.T, r *testRelay) {
 					r.pair("id")
 					one := r.rival("id")
 					time.Sleep(time.Second)
@@ -311,9 +309,7 @@ func TestClaimAnswerFromBefore(t *testing.T) {
 // it says is heard.
 func TestClaimNewcomerIsHeard(t *testing.T) {
 	t.Parallel()
-	o := testOptions()
-	o.challengeTimeout = time.Hour
-	onEach(t, o, func(t *testing.T, r *testRelay) {
+	onEach(t, testOptions(), func(t *testing.T, r *testRelay) {
 		r.binary("id")
 		gone := func(what string) {
 			t.Helper()
@@ -375,16 +371,27 @@ func TestClaimIncumbentSurvivesStall(t *testing.T) {
 		t.Skip("the signals' numbers are Linux's")
 	}
 	const stop, goOn = syscall.Signal(19), syscall.Signal(18) // SIGSTOP and SIGCONT, which not every system's package has
-	p := startProgram(t, nil, "-rate-per-minute=0").listening()
-	b := p.connect("/v2/server", binaryHeaders("id"))
-	newcomer := p.connect("/v2/server", binaryHeaders("id"))
-	b.wantPing()
-	p.signal(stop)
-	time.Sleep(defaultOptions().challengeTimeout + time.Second) // for once it is real time that has to pass
-	p.signal(goOn)
-	p.said("the relay stood still") // it has looked at its deadlines since, or is about to
-	b.frame(opPong, nil)
-	newcomer.wantEnd(4409, "server-id already claimed")
+	most := defaultOptions().challengeTimeout
+	for again := range 5 {
+		p := startProgram(t, nil, "-rate-per-minute=0").listening()
+		b := p.connect("/v2/server", binaryHeaders("id"))
+		start := time.Now()
+		newcomer := p.connect("/v2/server", binaryHeaders("id"))
+		b.wantPing()
+		p.signal(stop)
+		stopped := time.Now()
+		time.Sleep(most + time.Second) // for once it is real time that has to pass
+		stood := time.Since(stopped)
+		p.signal(goOn)
+		p.said("the relay stood still") // it has looked at its deadlines since, or is about to
+		b.frame(opPong, nil)
+		if took := time.Since(start) - stood; took > most/2 && again < 4 {
+			t.Logf("beside the stall it took %v to answer, which the relay may have found too long: once more", took)
+			continue
+		}
+		newcomer.wantEnd(4409, "server-id already claimed")
+		return
+	}
 }
 
 // ---- grace ----
@@ -419,7 +426,7 @@ func (c *wsClient) wantFrame(frame string) (connID string) {
 
 func TestRegistryKindsOf4404(t *testing.T) {
 	t.Parallel()
-	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+	onFakeClock(t, timedOptions(), func(t *testing.T, r *testRelay) {
 		refused := func(id, reason string) {
 			t.Helper()
 			code, got := r.phone(id).ended()
@@ -460,7 +467,7 @@ func TestRegistryKindsOf4404(t *testing.T) {
 // Of too many claims an old one is forgotten, and that shows in the wording.
 func TestRegistryForgetsClaims(t *testing.T) {
 	t.Parallel()
-	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+	onFakeClock(t, timedOptions(), func(t *testing.T, r *testRelay) {
 		recent := &r.registry.recent
 		for i := range maxRecentClaims + 1 {
 			recent.note(fmt.Sprint(i), r.now())
@@ -615,7 +622,7 @@ func TestRegistryPhonesInGraceCount(t *testing.T) {
 // not, and whatever was held for the binary is given back.
 func TestRegistryGraceExpires(t *testing.T) {
 	t.Parallel()
-	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+	onFakeClock(t, timedOptions(), func(t *testing.T, r *testRelay) {
 		b := r.binary("id")
 		var phones []*wsClient
 		for range 8 {
@@ -654,7 +661,7 @@ func TestRegistryGraceExpires(t *testing.T) {
 func TestRegistryGraceQueueLimit(t *testing.T) {
 	t.Parallel()
 	const limit, n, size = 256 << 10, 200, 8 << 10
-	o := testOptions()
+	o := timedOptions()
 	o.queue = limit
 	onFakeClock(t, o, func(t *testing.T, r *testRelay) {
 		b, _, _ := r.pair("id")
@@ -688,7 +695,7 @@ func TestRegistryGraceQueueLimit(t *testing.T) {
 // Each grace ends when its own time is over, and one whose claim is taken does not.
 func TestRegistryGracesEndInOrder(t *testing.T) {
 	t.Parallel()
-	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+	onFakeClock(t, timedOptions(), func(t *testing.T, r *testRelay) {
 		w := r.newBatch()
 		start := r.age()
 		held := map[string]*session{}
@@ -733,7 +740,7 @@ func TestRegistryGracesEndInOrder(t *testing.T) {
 // its phones too.
 func TestRegistryGracesBounded(t *testing.T) {
 	t.Parallel()
-	o := testOptions()
+	o := timedOptions()
 	o.maxConnections = 3
 	most := gracesPerConnection * o.maxConnections
 	onFakeClock(t, o, func(t *testing.T, r *testRelay) {
@@ -894,7 +901,7 @@ var historyStart = time.Date(2000, 1, 1, 0, 0, 0, 0, time.UTC)
 
 // starts a relay with a clock that is wrong.
 func (h *history) starts(name string, wrong time.Duration) *relay {
-	o := testOptions()
+	o := timedOptions()
 	o.checkPace.over, o.checkPace.skew = h.over, h.clock(wrong)
 	id := newIdentity(time.Now().Add(o.checkPace.skew))
 	r := makeRelay(o, id, buildVersion{}, new(instanceState), new(probeKeys), newLogger(&h.logs, o))
@@ -1269,7 +1276,7 @@ func FuzzConnTag(f *testing.F) {
 // counted once for each new id. It ends nothing.
 func TestIDsReport(t *testing.T) {
 	t.Parallel()
-	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+	onFakeClock(t, timedOptions(), func(t *testing.T, r *testRelay) {
 		time.Sleep(time.Second)
 		b, ph, id := r.pair("id")
 		shows := func(split string, certain, lines int) {

@@ -797,7 +797,7 @@ var trimBallast [][]byte // on the heap, whatever the compiler finds out
 // too. The test is not parallel: others collect garbage, too.
 func TestSweepGivesMemoryBack(t *testing.T) {
 	const size = 64 << 20
-	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+	onFakeClock(t, timedOptions(), func(t *testing.T, r *testRelay) {
 		var pool sync.Pool
 		kept := new([1 << 20]byte)
 		pooled := weak.Make(kept)
@@ -874,7 +874,7 @@ func TestDrain(t *testing.T) {
 // Peers that never answer cost the deadline, and neither leg its word.
 func TestDrainMeetsItsDeadline(t *testing.T) {
 	t.Parallel()
-	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+	onFakeClock(t, timedOptions(), func(t *testing.T, r *testRelay) {
 		var mu sync.Mutex
 		var told [roleCount][]time.Time // guarded by mu
 		var peers sync.WaitGroup
@@ -913,7 +913,7 @@ func TestDrainMeetsItsDeadline(t *testing.T) {
 // Peers that take nothing at all are cut off.
 func TestDrainOfFrozenPeers(t *testing.T) {
 	t.Parallel()
-	onFakeClock(t, testOptions(), func(t *testing.T, r *testRelay) {
+	onFakeClock(t, timedOptions(), func(t *testing.T, r *testRelay) {
 		for i := range 10 {
 			b, _, id := r.pair(fmt.Sprint("id-", i))
 			for k := range 10 {
@@ -960,9 +960,7 @@ func TestDrainInGrace(t *testing.T) {
 // A newcomer that waits for an incumbent's answer is told at once.
 func TestDrainDuringAChallenge(t *testing.T) {
 	t.Parallel()
-	o := testOptions()
-	o.challengeTimeout = time.Hour
-	onEach(t, o, func(t *testing.T, r *testRelay) {
+	onEach(t, testOptions(), func(t *testing.T, r *testRelay) {
 		b := r.binary("id")
 		newcomer := r.rival("id")
 		b.wantPing()

@@ -573,7 +573,7 @@ func (p simPlan) String() string {
 }
 
 func newSimulation(plan simPlan, trace *logBuffer) (w *simulation, steps int) {
-	w = &simulation{simPlan: plan, rng: rand.New(rand.NewPCG(plan.seed, 0)), o: testOptions(), byID: map[string]*simPeer{}, trace: trace}
+	w = &simulation{simPlan: plan, rng: rand.New(rand.NewPCG(plan.seed, 0)), o: timedOptions(), byID: map[string]*simPeer{}, trace: trace}
 	if w.noise = w.rng; plan.calm {
 		w.noise = rand.New(rand.NewPCG(plan.seed, 1))
 	}
@@ -589,7 +589,7 @@ func newSimulation(plan simPlan, trace *logBuffer) (w *simulation, steps int) {
 		}
 	}
 	if plan.calm { // what is held at one moment, or is about to leave, is not the same for both
-		w.o.queueTotal, w.o.maxConnections = testOptions().queueTotal, testOptions().maxConnections
+		w.o.queueTotal, w.o.maxConnections = timedOptions().queueTotal, timedOptions().maxConnections
 	}
 	w.o.checkPace.over = 10 * time.Second
 	w.o.checkPace.skew = time.Until(historyStart.AddDate(26, 0, 0)) // no clock of relays says that it is 2000
