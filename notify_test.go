@@ -384,6 +384,7 @@ func TestWakeBounds(t *testing.T) {
 	t.Parallel()
 	silent := onLoopback(t) // nobody accepts
 	k, logs := startWaker(t, "http://"+silent.Addr().String()+"/topic")
+	k.client.Timeout = time.Hour
 	minute := int64(time.Minute)
 	k.wake("first", minute)
 	for i := range 3 {
@@ -465,8 +466,8 @@ func TestWakeFailures(t *testing.T) {
 		t.Run(c.what, func(t *testing.T) {
 			t.Parallel()
 			k, logs := startWaker(t, c.base+"/"+secret+"?token="+secret)
-			if c.what == "silent" {
-				k.client.Timeout /= 50
+			if k.client.Timeout = patience; c.what == "silent" {
+				k.client.Timeout = wakeTime / 50
 			}
 			for i, want := range []int{1, 1, 2} { // warnings: the third is an hour later
 				if i == 2 {

@@ -1279,12 +1279,17 @@ func (l *claimRound) note(format string, args ...any) {
 	l.story = append(l.story, fmt.Sprintf(format, args...))
 }
 
-// fail ends the round's goroutine, and reports with what happened before, unless a daemon
-// was late.
-func (l *claimRound) fail(format string, args ...any) {
+// endIfLate ends the round's goroutine if a daemon was late.
+func (l *claimRound) endIfLate() {
 	if l.late = slices.ContainsFunc(l.daemons, (*claimDaemon).late); l.late {
 		runtime.Goexit()
 	}
+}
+
+// fail reports with what happened before, unless a daemon was late, and ends the round's
+// goroutine.
+func (l *claimRound) fail(format string, args ...any) {
+	l.endIfLate()
 	l.t.Errorf("%s: %s: %s", l.id, fmt.Sprintf(format, args...), strings.Join(l.story, ", "))
 	runtime.Goexit()
 }
@@ -1384,24 +1389,30 @@ func (l *claimRound) play() {
 	case "two survive":
 		l.wait(0, 1.5)
 		two := l.connect("rival")
-		select {
-		case <-one.done:
+		l.await(patience, "neither of two is refused", func() bool { return isClosed(one.done) || isClosed(two.done) })
+		if isClosed(one.done) {
 			one, two = two, one
-		case <-two.done:
-		case <-time.After(patience): // neither: the next line says so
 		}
 		l.wantRefused("loser", two)
 		l.wantHolder(one)
 	}
 }
 
+// await looks until cond holds, again and again within a time that is counted in pauses:
+// where all takes the machine longer they do, too.
+func (l *claimRound) await(within time.Duration, otherwise string, cond func() bool) {
+	const pause = 20 * time.Millisecond
+	for looks := time.Duration(0); !cond(); looks++ {
+		if l.endIfLate(); looks*pause > within {
+			l.fail("%s within %v", otherwise, within)
+		}
+		time.Sleep(pause)
+	}
+}
+
 // wantRefused checks that a daemon is told that another holds the id.
 func (l *claimRound) wantRefused(name string, d *claimDaemon) {
-	select {
-	case <-d.done:
-	case <-time.After(patience):
-		l.fail("the %s is not refused", name)
-	}
+	l.await(patience, "the "+name+" is not refused", func() bool { return isClosed(d.done) })
 	if d.code != 4409 || d.text != endAlreadyClaimed.String() {
 		l.fail("the %s got %d %q", name, d.code, d.text)
 	}
@@ -1409,14 +1420,10 @@ func (l *claimRound) wantRefused(name string, d *claimDaemon) {
 
 // wantHolder checks that d comes to hold the id, stays, and is what a phone reaches.
 func (l *claimRound) wantHolder(d *claimDaemon) {
-	const pause = 20 * time.Millisecond
-	for looks := 0; l.r.holder(l.id) != d.session && !isClosed(d.done); time.Sleep(pause) {
-		// Its turn comes one challenge after it came, and a sweep or two. Where that takes the
-		// machine longer the pauses are longer, too.
-		if looks++; looks > int(3*claimTimeout/pause) {
-			l.fail("the live daemon does not hold the id after %d pauses of %v", looks, pause)
-		}
-	}
+	// Its turn comes one challenge after it came, and a sweep or two.
+	l.await(3*claimTimeout, "the live daemon does not hold the id", func() bool {
+		return l.r.holder(l.id) == d.session || isClosed(d.done)
+	})
 	l.dial("/v2/client", phoneHeaders(l.id)).send(opText, []byte(`"hello"`))
 	select {
 	case got := <-d.got:
