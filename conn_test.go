@@ -1834,6 +1834,57 @@ func TestRegistryGraceExpiresOverHeldFrames(t *testing.T) {
 	r.settle("nobody is left", func() bool { return r.count(rolePhone)+r.count(roleBinary) == 0 })
 }
 
+// endsBehindClose is a connection that has its FIN right behind its close frame.
+type endsBehindClose struct {
+	net.Conn
+	closed bool
+}
+
+func (c *endsBehindClose) Read(p []byte) (n int, err error) {
+	if c.closed {
+		return 0, io.EOF
+	}
+	n, err = c.Conn.Read(p)
+	c.closed = n > 0 && p[0] == last|opClose
+	return n, err
+}
+
+type endsBehindCloseListener struct{ net.Listener }
+
+func (ln endsBehindCloseListener) Accept() (net.Conn, error) {
+	nc, err := ln.Listener.Accept()
+	return &endsBehindClose{Conn: nc}, err
+}
+
+// While the process stands still a peer that has sent its FIN can't take what is behind:
+// that is no time of its own.
+func TestConnStallBehindFIN(t *testing.T) {
+	t.Parallel()
+	wrap := func(ln net.Listener) net.Listener { return endsBehindCloseListener{ln} }
+	o := testOptions()
+	o.closeTimeout = time.Second
+	onFakeClockWith(t, o, wrap, func(t *testing.T, r *testRelay) {
+		b, ph, connID := r.pair("id")
+		const frames = 20
+		for i := range frames {
+			b.send(connID, numbered(i, 32<<10))
+		}
+		b.frame(opPing, []byte("?")) // all are in front of the pong
+		b.wantPong([]byte("?"))
+		ph.frame(opClose, closePayload(4000, ""))
+		b.wantNotice(connID, 4000)
+		r.stopSweep() // it reads the clock
+		r.stopSweep = func() {}
+		time.Sleep(10 * o.closeTimeout)
+		for i := range frames {
+			if got := numberOf(ph.message()); got != i {
+				t.Fatalf("frame %d, want %d", got, i)
+			}
+		}
+		ph.wantEnd(4000, "")
+	})
+}
+
 // A peer that ends its direction right behind its close frame still reads.
 func TestConnCloseFrameThenFIN(t *testing.T) {
 	t.Parallel()

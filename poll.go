@@ -105,10 +105,11 @@ func (s *goSocket) read(first []byte) {
 		w.flush()
 	}
 	if c.owes(w) {
-		s.settle()
+		s.settle() // or until the sweep gives up, whose clock knows of stalls
 	}
 	c.free(w)
 	w.flush()
+	s.nc.SetWriteDeadline(time.Now().Add(r.o.closeTimeout)) // no sweep looks at it any more
 	s.settle()
 	s.shutdown()
 }
@@ -122,9 +123,9 @@ func (s *goSocket) awaitResume() {
 	s.resumed = false
 }
 
-// settle gives the writer a moment for what is staged, as a kernel would.
+// settle waits until the writer has written what is staged, as a kernel would, or is told
+// to end.
 func (s *goSocket) settle() {
-	s.nc.SetWriteDeadline(time.Now().Add(s.poller.relay.o.closeTimeout))
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for s.writing && !s.down {
