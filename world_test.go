@@ -354,6 +354,7 @@ func (p *process) stop(then func()) {
 	p.b.listens = nil
 	p.w.stopping.Go(func() {
 		p.check.stop()
+		time.Sleep(time.Nanosecond) // until its connections have ended, of which the drain would count some or none
 		p.r.drain(p.r.o.drain)
 		p.w.turn.Lock()
 		defer p.w.turn.Unlock()
