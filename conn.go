@@ -121,7 +121,7 @@ type conn struct {
 	txBytes       uint64 // payload
 	queued        uint64 // bytes ever queued
 	blockedSince  int64  // relay clock since the socket takes nothing, 0 while it does
-	closeDeadline int64  // relay clock at which the state's patience ends, 0 for none
+	closeDeadline int64  // relay clock at which the patience with a connection that is ending is over
 	pingAt        int64  // relay clock of the next ping
 	txFrames      uint32
 	pingMark      uint32 // reads at the last ping
@@ -206,7 +206,7 @@ func (c *conn) closeAfter(now int64, d time.Duration) { c.closeDeadline = now + 
 // held.
 func (c *conn) advanceClose(now int64) {
 	switch {
-	case !c.is(connClosing) || c.failed || c.endReason == endPeerLost:
+	case !c.is(connClosing) || c.failed:
 	case c.sock.unsent(): // its time begins when they are gone
 		c.blockedSince = now
 	case c.closeHeard:
@@ -244,7 +244,7 @@ func (c *conn) owes(w *writeBatch) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.flush(w)
-	return c.is(connClosing) && c.closeHeard && !c.failed && (c.out.n > 0 || c.sock.unsent())
+	return c.closeHeard && !c.failed && (c.out.n > 0 || c.sock.unsent())
 }
 
 // free is the reader's last call: the peer's direction has ended.
@@ -285,7 +285,7 @@ func (c *conn) checkTimeouts(w *writeBatch) {
 	switch {
 	case c.is(connClosed) || c.failed:
 	case !c.is(connOpen):
-		if c.closeDeadline != 0 && w.now >= c.closeDeadline {
+		if w.now >= c.closeDeadline {
 			c.failLocked()
 		}
 	case c.blockedSince != 0 && w.now-c.blockedSince >= int64(o.writeTimeout):
@@ -400,9 +400,7 @@ func (c *conn) receive(w *writeBatch, p []byte) {
 	if len(p) > 0 && !c.ignoreInput {
 		c.keep(w, p)
 	}
-	if c.unparsed == nil && c.fragments == nil {
-		c.messageStart.Store(0)
-	} else if c.messageStart.Load() == 0 {
+	if (c.unparsed != nil || c.fragments != nil) && c.messageStart.Load() == 0 {
 		c.messageStart.Store(w.now)
 	}
 }
@@ -784,7 +782,7 @@ func (c *conn) writable(w *writeBatch) {
 		return
 	}
 	c.unblock()
-	if c.is(connClosing) && !c.sentClose {
+	if c.is(connClosing) {
 		c.closeAfter(w.now, c.relay.o.writeTimeout) // slow is not silent
 	}
 	c.flush(w)
