@@ -1538,6 +1538,212 @@ func TestBudgetOfWhatTurnsOutToWait(t *testing.T) {
 	}
 }
 
+// The limit of a phone's queue is exact, counts what waits alone, and is nothing to one that ends.
+func TestQueueLimitIsExact(t *testing.T) {
+	t.Parallel()
+	_, _, ph, ps, w := memPair(t, startRelay(t, testOptions()).relay)
+	const size, n = 1000, 20 // a frame's, and how many fit
+	part := bytes.Repeat([]byte{'1'}, (size-4)/3)
+	push := func(limit int) closeReason {
+		ph.mu.Lock()
+		defer ph.mu.Unlock()
+		return ph.push(w, limit, part, part, part)
+	}
+	for range 2 * n {
+		if reason := push(n * size); reason != endNone {
+			t.Fatalf("%q, and the socket takes all", reason)
+		}
+	}
+	w.flush()
+	ps.full = true
+	for i := range n {
+		if reason := push(n * size); reason != endNone {
+			t.Fatalf("%q behind %d frames, want none before %d", reason, i, n)
+		}
+	}
+	for _, limit := range []int{n * size, (n+1)*size - 1} {
+		if reason := push(limit); reason != endBacklogFull || ph.out.n != n*size {
+			t.Errorf("%q, with %d bytes queued, limit %d", reason, ph.out.n, limit)
+		}
+	}
+	ph.startClose(w, endShutdown)
+	if reason, sent := push(n*size), ph.txFrames; reason != endNone || sent != 3*n {
+		t.Errorf("%q behind the close frame; %d messages, want %d", reason, sent, 3*n)
+	}
+	w.flush()
+}
+
+// What is written straight from where it was read comes behind all that waits, were it a byte.
+func TestQueueKeepsOrder(t *testing.T) {
+	t.Parallel()
+	_, _, ph, ps, w := memPair(t, startRelay(t, testOptions()).relay)
+	ps.full, ps.room = true, 1
+	ph.sendPong(w, nil)
+	w.flush()
+	ps.full = false // and the poller has not told of it yet
+	large := string(bytes.Repeat([]byte{'1'}, 2*directWrite))
+	ph.mu.Lock()
+	ph.push(w, 0, nil, []byte(large), nil)
+	ph.mu.Unlock()
+	ph.writable(w)
+	w.flush()
+	if got := ps.frames(t); !slices.Equal(got, []memFrame{{opPong, ""}, {opText, large}}) {
+		t.Errorf("got %.100q", got)
+	}
+}
+
+// A flood of pings in one batch is answered in few writes, and without a queue of its size.
+func TestQueueOfPongs(t *testing.T) {
+	t.Parallel()
+	_, _, ph, ps, w := memPair(t, startRelay(t, testOptions()).relay)
+	const n = 5000
+	ping, most := make([]byte, maxControl), 0
+	for range n {
+		ph.sendPong(w, ping)
+		most = max(most, ph.out.n)
+	}
+	w.flush()
+	if writes := 1 + ps.bytes/flushAt; most > flushAt+2+maxControl || ps.writes > writes {
+		t.Errorf("%d bytes were queued, want %d at most; %d writes, want %d at most", most, flushAt+2+maxControl, ps.writes, writes)
+	}
+	if got := len(ps.frames(t)); got != n {
+		t.Errorf("%d pongs, want %d", got, n)
+	}
+}
+
+// The share of a phone that takes nothing is exact, and leaves an eighth of the budget free.
+func TestBudgetShareIsExact(t *testing.T) {
+	t.Parallel()
+	const size = 500
+	for _, tt := range []struct {
+		name  string
+		first int // message, that waits for it
+		spare int // of the budget, without the eighth
+		want  closeReason
+	}{
+		{"what is there and it fits", 8, (10 + size) / 2, endNone},
+		{"but for a byte or two", 8, (10+size)/2 - 1, endMemoryLimit},
+		{"it fits, and its buffer would take of the eighth", bufferSizes[0] - 4, bufferSizes[0] - 1, endMemoryLimit},
+		{"its buffer just fits, too", bufferSizes[0] - 4, bufferSizes[0], endNone},
+	} {
+		r := startRelay(t, testOptions())
+		_, _, ph, ps, w := memPair(t, r.relay)
+		ps.full = true
+		push := func(n int) closeReason {
+			ph.mu.Lock()
+			defer ph.mu.Unlock()
+			part := bytes.Repeat([]byte{'1'}, n/2)
+			return ph.push(w, 0, part, part[:len(part)/2], part[len(part)/2:])
+		}
+		push(tt.first)
+		w.flush()
+		budget := r.buffers.budget
+		held := int(budget.limit-budget.limit/8-budget.used()) - tt.spare
+		budget.take(held, priorityAlways)
+		if got := push(size - 4); got != tt.want {
+			t.Errorf("%s: %q, want %q", tt.name, got, tt.want)
+		}
+		budget.give(held)
+	}
+}
+
+// Without memory a connection ends that would need some, whatever for.
+func TestBudgetIsSpent(t *testing.T) {
+	t.Parallel()
+	full := func(r *testRelay) (free func()) {
+		budget := r.buffers.budget
+		held := int(budget.limit-budget.used()) + 64<<10 // what is given back meanwhile makes no room
+		budget.take(held, priorityAlways)
+		return func() { budget.give(held) }
+	}
+	for name, need := range map[string]func(ph *session, w *writeBatch) closeReason{
+		"half a frame": func(ph *session, w *writeBatch) closeReason {
+			ph.receive(w, clientFrame(last, opText, make([]byte, 100))[:50])
+			return ph.endReason
+		},
+		"a fragment": func(ph *session, w *writeBatch) closeReason {
+			ph.receive(w, clientFrame(more, opText, make([]byte, 100)))
+			return ph.endReason
+		},
+		"a message": func(ph *session, w *writeBatch) closeReason {
+			ph.mu.Lock()
+			defer ph.mu.Unlock()
+			return ph.push(w, 0, nil, []byte("1"), nil)
+		},
+		"a large message": func(ph *session, w *writeBatch) closeReason {
+			ph.mu.Lock()
+			defer ph.mu.Unlock()
+			return ph.push(w, 0, nil, make([]byte, 2*directWrite), nil)
+		},
+	} {
+		r := startRelay(t, testOptions())
+		_, _, ph, _, w := memPair(t, r.relay)
+		free := full(r)
+		if got := need(ph, w); got != endMemoryLimit || ph.txFrames != 0 {
+			t.Errorf("%s: %q, want %q; %d messages are counted", name, got, endMemoryLimit, ph.txFrames)
+		}
+		w.flush()
+		free()
+	}
+
+	// A connection that needs nothing for it ends like any other.
+	r := startRelay(t, testOptions())
+	_, bs, ph, ps, w := memPair(t, r.relay)
+	ps.full = true
+	ph.sendPong(w, nil)
+	w.flush()
+	free := full(r)
+	if ph.startClose(w, endShutdown); ps.aborts != 0 {
+		t.Error("the connection is cut off")
+	}
+	ps.full = false
+	ph.writable(w)
+	w.flush()
+
+	// What ends or keeps a connection in order is never refused.
+	b := r.holder("server")
+	b.mu.Lock()
+	b.ping(w)
+	b.mu.Unlock()
+	b.sendPong(w, []byte("?"))
+	w.flush()
+	got := fmt.Sprint(ps.frames(t), bs.frames(t))
+	if want := fmt.Sprint(
+		[]memFrame{{opPong, ""}, {opClose, string(closePayload(endShutdown.code(), endShutdown.String()))}},
+		[]memFrame{{opText, `{"conn_id":"phone-1","close_code":1001}`}, {opPing, ""}, {opPong, "?"}}); got != want {
+		t.Errorf("got %q, want %q", got, want)
+	}
+	newcomer, ns := memSession(t, r.relay, rolePhone, "phone-2")
+	newcomer.greet(w, []byte("101"))
+	if w.flush(); string(ns.out) != "101" {
+		t.Errorf("the answer to an upgrade is %q", ns.out)
+	}
+	ns.out = nil
+	newcomer.startClose(w, endShutdown)
+	w.flush()
+	if all := ns.frames(t); len(all) != 1 || all[0].op != opClose {
+		t.Errorf("got %q, want a close frame", all)
+	}
+	newcomer.free(w)
+
+	// Nor is the rest of a message that is half out, though its buffer is larger than it.
+	const size = 10 + 100<<10
+	room := int(r.buffers.budget.used()-r.buffers.budget.limit) + size
+	r.buffers.budget.give(room)
+	bs.full, bs.room = true, 20
+	b.mu.Lock()
+	reason := b.push(w, 0, nil, bytes.Repeat([]byte{'1'}, size-10), nil)
+	b.mu.Unlock()
+	bs.full = false
+	b.writable(w)
+	r.buffers.budget.take(room, priorityAlways)
+	if all := bs.frames(t); reason != endNone || len(all) != 1 || len(all[0].payload) != size-10 {
+		t.Errorf("%q, and %d messages arrived", reason, len(all))
+	}
+	w.flush()
+	free()
+}
+
 // What waits for a binary does not end it, nor its phones, while phones elsewhere
 // have filled all that they may.
 func TestBudgetSparesBinaries(t *testing.T) {
@@ -1752,6 +1958,185 @@ func TestConnFirstPing(t *testing.T) {
 	}
 	if quarters[2] < 400 || quarters[3] < 400 {
 		t.Errorf("%d in the third quarter of an interval, and %d in the fourth", quarters[2], quarters[3])
+	}
+}
+
+// With a backlog no ping is asked for an answer, and the next has a whole interval.
+func TestConnHeartbeatAfterBacklog(t *testing.T) {
+	t.Parallel()
+	o := timedOptions()
+	o.writeTimeout = time.Hour
+	_, _, ph, ps, w := memPair(t, startRelay(t, o).relay)
+	due := func() {
+		w.now = ph.pingAt
+		ph.checkTimeouts(w)
+		w.flush()
+	}
+	due()
+	ps.full = true
+	ph.sendPong(w, nil)
+	w.flush()
+	due()
+	ps.full = false
+	ph.writable(w)
+	due()
+	if pings := strings.Count(fmt.Sprint(ps.frames(t)), fmt.Sprint(memFrame{opPing, ""})); !ph.is(connOpen) || pings != 2 {
+		t.Errorf("ended with %q, after %d pings; want none, after 2", ph.endReason, pings)
+	}
+	due()
+	if ph.endReason != endHeartbeat {
+		t.Errorf("ended with %q, want %q", ph.endReason, endHeartbeat)
+	}
+}
+
+// A reader that pauses hears nothing: neither the ping before it nor half a message counts
+// for the time.
+func TestConnTimeoutsBeginAfterPause(t *testing.T) {
+	t.Parallel()
+	b, _, ph, _, w := memPair(t, startRelay(t, timedOptions()).relay)
+	began := w.now
+	frame := clientFrame(more, opText, []byte(`"fragment"`))
+	ph.receive(w, slices.Clone(frame[:3]))
+	w.now++
+	ph.receive(w, slices.Clone(frame[3:]))
+	if got := ph.messageStart.Load(); got != began {
+		t.Errorf("a message counts from %v on, want from its first byte on", time.Duration(got-began))
+	}
+	if b.receive(w, frame); b.messageStart.Load() != w.now {
+		t.Error("a fragment that comes whole does not count as a message that has begun")
+	}
+	w.now = ph.pingAt
+	ph.messageStart.Store(w.now)
+	ph.checkTimeouts(w)
+	w.flush()
+	ph.pause(nil)
+	w.now += 2 * int64(max(ph.relay.o.ping, ph.relay.o.messageTimeout))
+	ph.checkTimeouts(w)
+	w.flush()
+	w.now = ph.pingAt
+	ph.unpause(w)
+	ph.checkTimeouts(w)
+	if !ph.is(connOpen) || ph.messageStart.Load() != w.now {
+		t.Errorf("ended with %q, message since %v", ph.endReason, time.Duration(w.now-ph.messageStart.Load()))
+	}
+}
+
+// A peer takes nothing only if bytes wait for it: in the queue, were it one, or in TLS.
+func TestConnStuckHasBytesThatWait(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		room   int // for a pong of two bytes
+		sealed bool
+		want   closeReason
+	}{{2, false, endNone}, {1, false, endWriteTimeout}, {2, true, endWriteTimeout}} {
+		_, _, ph, ps, w := memPair(t, startRelay(t, timedOptions()).relay)
+		ps.full, ps.room, ps.sealed = true, tt.room, tt.sealed
+		ph.sendPong(w, nil)
+		w.flush()
+		w.now = ph.blockedSince + int64(ph.relay.o.writeTimeout)
+		if ph.checkTimeouts(w); ph.endReason != tt.want {
+			t.Errorf("it takes %d bytes of 2, in TLS: %v; ended with %q, want %q", tt.room, tt.sealed, ph.endReason, tt.want)
+		}
+	}
+}
+
+// How long a connection that is closing may take for each step, and what its peer gets
+// that has ended TCP.
+func TestConnCloseSteps(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, timedOptions())
+	o := &r.o
+	for reason, wait := range map[closeReason]time.Duration{
+		endShutdown: o.writeTimeout, endBinaryGone: o.writeTimeout, endHeartbeat: o.closeTimeout, endWriteTimeout: o.closeTimeout,
+	} {
+		b, bs, ph, ps, w := memPair(t, r.relay)
+		patience := func(c *session, step string, want time.Duration) {
+			t.Helper()
+			if got := time.Duration(c.closeDeadline - w.now); got != want {
+				t.Errorf("%v, %s: its time ends in %v, want %v", reason, step, got, want)
+			}
+		}
+		ph.sendPong(w, nil)
+		if ph.owes(w) || len(ps.frames(t)) != 1 {
+			t.Errorf("a pong has not gone out before the end")
+		}
+		ps.full, ps.room = true, 1
+		ph.startClose(w, reason)
+		w.flush()
+		patience(ph, "the close frame waits", wait)
+		if ph.owes(w) {
+			t.Error("a peer that has ended TCP without a close frame is waited for")
+		}
+		ps.room, w.now = 1, w.now+1
+		ph.writable(w)
+		patience(ph, "a byte of it is taken", o.writeTimeout)
+		ps.full, w.now = false, w.now+1
+		ph.writable(w)
+		patience(ph, "it is out", o.closeTimeout)
+		w.now++
+		ph.mu.Lock()
+		w.addLocked(&ph.conn)
+		ph.mu.Unlock()
+		w.flush()
+		patience(ph, "and nothing has happened", o.closeTimeout-1)
+		if ps.finished {
+			t.Error("our direction has ended before the answer")
+		}
+		ph.receive(w, clientFrame(last, opClose, nil))
+		w.flush()
+		patience(ph, "the answer is here", o.closeTimeout)
+		if !ps.finished || ph.owes(w) {
+			t.Errorf("our direction has ended: %v; more is owed: %v", ps.finished, ph.owes(w))
+		}
+
+		bs.full, bs.room = true, 0
+		b.receive(w, clientFrame(last, opClose, nil))
+		w.flush()
+		if !b.owes(w) {
+			t.Error("a close frame waits, and the reader need not")
+		}
+		if b.fail(); b.owes(w) {
+			t.Error("more is owed to a peer that is given up")
+		}
+		b.free(w)
+		ph.free(w)
+	}
+}
+
+// Behind a close frame of ours the rest of a message counts no more than what breaks a rule does,
+// and nothing of either is kept.
+func TestConnKeepsNothingAfterEnd(t *testing.T) {
+	t.Parallel()
+	b, _, ph, _, w := memPair(t, startRelay(t, testOptions()).relay)
+	ph.receive(w, clientFrame(more, opText, []byte(`"`)))
+	ph.startClose(w, endShutdown)
+	ph.receive(w, cat(clientFrame(last, opContinuation, []byte(`"`)), clientFrame(last, opText, []byte("1"))))
+	if ph.closeHeard || ph.fragments != nil {
+		t.Errorf("its answer is not waited for: %v; fragments: %v", ph.closeHeard, ph.fragments)
+	}
+	b.receive(w, cat([]byte{0xff}, make([]byte, 100)))
+	if b.endReason != endReservedBit || b.unparsed != nil {
+		t.Errorf("ended with %q, with bytes kept: %v", b.endReason, b.unparsed != nil)
+	}
+	w.flush()
+}
+
+// What is counted is counted once.
+func TestConnCountsOnce(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	b, _, ph, _, w := memPair(t, r.relay)
+	ph.receive(w, clientFrame(last, opText, []byte("12")))
+	for range 3 {
+		b.receive(w, clientFrame(last, opText, []byte(`{"conn_id":"phone-1","frame":345}`)))
+		w.flush()
+	}
+	if ph.rxFrames != 1 || ph.rxBytes != 2 {
+		t.Errorf("%d messages of %d bytes of the phone are counted, want 1 of 2", ph.rxFrames, ph.rxBytes)
+	}
+	m := r.metrics
+	if got := [...]int64{m.framesUp.Load(), m.bytesUp.Load(), m.framesDown.Load(), m.bytesDown.Load()}; got != [...]int64{1, 2, 3, 9} {
+		t.Errorf("frames and bytes up, and down: %v; want 1 of 2 in all, and 3 of 9", got)
 	}
 }
 

@@ -743,10 +743,11 @@ type memSocket struct {
 	resumes  int
 	aborts   int
 	finished bool // our direction has ended
+	sealed   bool // TLS holds bytes that are not with the kernel
 }
 
 func (m *memSocket) attach([]byte) {}
-func (m *memSocket) unsent() bool  { return false }
+func (m *memSocket) unsent() bool  { return m.sealed }
 func (m *memSocket) closeWrite()   { m.finished = true }
 func (m *memSocket) shutdown()     { m.aborts++ }
 func (m *memSocket) resume()       { m.resumes++ }

@@ -479,6 +479,9 @@ func TestRegistryForgetsClaims(t *testing.T) {
 				victim = i
 			}
 		}
+		if n := len(recent.at); n != maxRecentClaims {
+			t.Errorf("%d claims are remembered, want %d", n, maxRecentClaims)
+		}
 		time.Sleep(time.Minute - r.age()%time.Second)
 		r.phone(fmt.Sprint(victim)).wantEnd(4404, "server-id never seen in the last ")
 		r.phone(fmt.Sprint(maxRecentClaims)).wantEnd(4404, "server-id last held ")
@@ -496,6 +499,13 @@ func TestRegistryKeepsNoHeader(t *testing.T) {
 	bt := r.newBatch()
 	defer bt.flush()
 	defer b.free(bt)
+	var recent recentClaims
+	recent.note(id, 1)
+	for known := range recent.at {
+		if unsafe.StringData(known) == unsafe.StringData(id) {
+			t.Errorf("what is remembered of %s keeps the %d bytes that its id came in", id, len(header))
+		}
+	}
 	if b.server.id != id || unsafe.StringData(b.server.id) == unsafe.StringData(id) {
 		t.Errorf("the entry of %s keeps the %d bytes that its id came in", b.server.id, len(header))
 	}
@@ -784,7 +794,7 @@ func (g *registry) each(do func(*server)) {
 func (g *registry) check() error {
 	m := g.relay.metrics
 	var err error
-	var binaries, grace, phones int64
+	var binaries, grace, phones, checks int64
 	fail := func(srv *server, format string, args ...any) {
 		if err == nil {
 			err = fmt.Errorf("entry %s: %s", srv.id, fmt.Sprintf(format, args...))
@@ -829,6 +839,9 @@ func (g *registry) check() error {
 			return
 		}
 		phones += int64(len(srv.phones))
+		if strings.HasPrefix(srv.id, probePrefix) {
+			checks++
+		}
 		if srv.binary != nil {
 			binaries++
 		} else {
@@ -838,10 +851,15 @@ func (g *registry) check() error {
 	if err != nil {
 		return err
 	}
+	g.graceMu.Lock()
+	graces := g.graces.Len()
+	g.graceMu.Unlock()
 	for _, c := range [...]struct {
 		name         string
 		count, gauge int64
 	}{
+		{"graces that will end", grace, int64(graces)},
+		{"claims of checks", checks, g.checks.Load()},
 		{"connected binaries", binaries, m.connectedBinaries.Load()},
 		{"binaries in grace", grace, m.binariesInGrace.Load()},
 		{"connected phones", phones, m.connectedPhones.Load()},
@@ -1009,11 +1027,15 @@ func TestIDsTell(t *testing.T) {
 
 		// Two at once.
 		{"to and fro", "A B d>A d+ 1m d>B d! 100s d+ d>A d!", "A certain"},
+		{"to and fro, as soon as it is certain", "A B d>A d+ 1m d>B d! 89999ms d+ d>A d!", "A certain"}, // and d! takes 1 ms
+		{"to and fro, a moment sooner", "A B d>A d+ 1m d>B d! 89998ms d+ d>A d!", ""},
 		{"to and fro, without a clock", "A(-490896h) B(-490896h) d>A d+ 1m d>B d! 100s d+ d>A d!", "A certain"},
 		{"to and fro, with one that is wrong", "A(999h) B(-999h) d>A d+ 1m d>B d! 100s d+ d>A d!", "A certain"},
 		{"another daemon brings the word", "A B d>A d+ d>B d! 100s e>B e+ 1s e>A e!", "A certain"},
 		{"both sides see it", "A B d>A d+ d>B d! 100s d+ d>A d! 100s d+ d>B d!", "A certain, B certain"},
 		{"behind the ids of a relay before both", "A e>A e+ d>A d+ 1h B C e>B e! d>B d! d+ 1m d>C d! e>C e! 100s d+ d>B d!", "B certain"},
+		{"and an id of that one comes once more", "A 1m e>A e+ d>A d+ 1h B C e>B e! d>B d! d+ 1m d>C d! e>C e! 100s d+ d>B d!", "B certain"},
+		{"but one that is younger by a second", "A 1m d>A d+ 1s e>A e+ 1h B C e>B e! d>B d! d+ 1m d>C d! e>C e! 100s d+ d>B d!", ""},
 		{"three of them", "A B C d>A d+ d>B d! 100s d+ d>C d! 100s d+ d>A d!", "A certain"},
 		{"one changes sides", "A B d>A 25h30m d+ 2m d+ d>B d! 1m d>B d! 1m d>B d!", "B suspected"},
 		{"two change sides", "A B d>A e>A 25h30m d+ 2m e+ d>B d! e>B e!", "B suspected"},
@@ -1030,6 +1052,11 @@ func TestIDsTell(t *testing.T) {
 				h := newHistory(t)
 				if h.play(test.script); h.found() != test.want {
 					t.Errorf("found %q, want %q\n%s", h.found(), test.want, h.logs.String())
+				}
+				for word, level := range map[string]string{"certain": "ERROR", "suspected": "WARN"} {
+					if strings.Contains(test.want, word) && !strings.Contains(h.logs.String(), "level="+level+" ") {
+						t.Errorf("found %q, and the log has no line of level %s\n%s", h.found(), level, h.logs.String())
+					}
 				}
 			})
 		})
@@ -1277,11 +1304,12 @@ func FuzzConnTag(f *testing.F) {
 func TestIDsReport(t *testing.T) {
 	t.Parallel()
 	onFakeClock(t, timedOptions(), func(t *testing.T, r *testRelay) {
-		time.Sleep(time.Second)
-		b, ph, id := r.pair("id")
+		time.Sleep(13 * time.Hour)
+		b, _, id := r.pair("id")
 		shows := func(split string, certain, lines int) {
 			t.Helper()
-			ph.greet(b) // what was sent before has been read
+			b.frame(opPing, nil)
+			b.wantPong(nil) // what was sent before has been read
 			if _, body := r.ask(get("/healthz")...); !strings.Contains(body, `"split_seen":"`+split+`"`) {
 				t.Errorf("/healthz does not say %s: %s", split, body)
 			}
@@ -1310,16 +1338,16 @@ func TestIDsReport(t *testing.T) {
 				t.Errorf("the log lacks %s", words)
 			}
 		}
-		other.age = 200
+		other.age = 101
 		b.send(newConnID(other), "1")
 		shows("certain", 2, 1)
 		time.Sleep(time.Hour)
-		b, ph, _ = r.pair("another")
-		other.age = 300
+		b, _, _ = r.pair("another")
+		other.age = 102
 		b.send(newConnID(other), "1")
 		shows("certain", 3, 2)
 		time.Sleep(24*time.Hour + time.Second)
-		b, ph, _ = r.pair("id")
+		b, _, _ = r.pair("id")
 		b.send(newConnID(other), "1")
 		shows("none", 3, 2)
 	})

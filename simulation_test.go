@@ -4,6 +4,7 @@ package main
 
 import (
 	"bytes"
+	"cmp"
 	"crypto/ed25519"
 	crand "crypto/rand"
 	"crypto/tls"
@@ -934,6 +935,12 @@ func (w *simulation) check() {
 		if s.out.n > bound {
 			w.fail("%d bytes are queued for %s", s.out.n, p)
 		}
+		if s.queued < uint64(s.out.n) {
+			w.fail("%d bytes were ever queued for %s, and %d are", s.queued, p, s.out.n)
+		}
+		if s.ignoreInput && s.unparsed != nil {
+			w.fail("%d bytes of %s are kept, which are not looked at", s.unparsed.w, p)
+		}
 		if s.graceQueue != nil {
 			chain(s.graceQueue.head)
 			if n := s.graceQueue.n; n > w.o.queue+w.o.maxFrame+1<<10 {
@@ -1010,6 +1017,12 @@ func (w *simulation) checkBounds() {
 		case s.is(connClosed):
 		case !s.is(connOpen):
 			late(max(p.ended, p.took), o.writeTimeout+2*o.closeTimeout, "closing") // slow is not silent
+			if s.is(connLinger) {
+				p.lingers = cmp.Or(p.lingers, now)
+				late(p.lingers, o.closeTimeout, "without its FIN")
+			} else if (p.reason == endHeartbeat || p.reason == endWriteTimeout) && p.took <= p.ended {
+				late(p.ended, o.closeTimeout, "closing, and takes nothing")
+			}
 			late(p.closeAt, 2*o.closeTimeout, "without its answer")
 		case s.paused.Load():
 		default:
@@ -1127,6 +1140,7 @@ type simPeer struct {
 	halfAt  int64      // it left a message unfinished, 0 if it did not
 	ended   int64      // the relay ended it, 0 if it did not
 	closeAt int64      // it has got a close frame, 0 if it has not
+	lingers int64      // the relay waits for its FIN, 0 if it does not
 	givenUp bool       // by the relay, which sends nothing more
 
 	// Its end of the wire.
@@ -1160,8 +1174,9 @@ type simPeer struct {
 
 	// Of a phone.
 	joined    bool
-	daemon    *simPeer     // nil before there is one
-	said      int          // messages
+	daemon    *simPeer // nil before there is one
+	said      int      // messages
+	saidBytes uint64
 	up        []simMessage // messages that no daemon has got
 	down      []simMessage // of these, the ones that it has not got
 	directive int          // close code that its daemon has sent, 0 for none
@@ -1508,6 +1523,8 @@ func (p *simPeer) checkSettled() {
 		p.fail("%d pings without an answer", len(p.pings))
 	case p.s.contendsSince != 0:
 		p.fail("still contends")
+	case p.role == rolePhone && (p.s.rxFrames != uint32(p.said) || p.s.rxBytes != p.saidBytes):
+		p.fail("has sent %d messages of %d bytes, and %d of %d are counted", p.said, p.saidBytes, p.s.rxFrames, p.s.rxBytes)
 	case p.s.txFrames != p.texts || p.s.txBytes != p.textBytes:
 		p.fail("has got %d messages of %d bytes, and %d of %d are counted", p.texts, p.textBytes, p.s.txFrames, p.s.txBytes)
 	case len(p.down) > 0 && healthy(p.daemon) && p.directive == 0:
@@ -1620,6 +1637,7 @@ func (p *simPeer) say() {
 	p.said++
 	if p.role == rolePhone {
 		p.up = append(p.up, message)
+		p.saidBytes += uint64(message.size())
 		p.write(message...)
 		return
 	}
