@@ -1020,8 +1020,6 @@ func (w *simulation) checkBounds() {
 			if s.is(connLinger) {
 				p.lingers = cmp.Or(p.lingers, now)
 				late(p.lingers, o.closeTimeout, "without its FIN")
-			} else if (p.reason == endHeartbeat || p.reason == endWriteTimeout) && p.took <= p.ended {
-				late(p.ended, o.closeTimeout, "closing, and takes nothing")
 			}
 			late(p.closeAt, 2*o.closeTimeout, "without its answer")
 		case s.paused.Load():
