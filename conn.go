@@ -121,7 +121,7 @@ type conn struct {
 	txBytes       uint64 // payload
 	queued        uint64 // bytes ever queued
 	blockedSince  int64  // relay clock since the socket takes nothing, 0 while it does
-	closeDeadline int64  // relay clock at which the patience with a connection that is ending is over
+	closeDeadline int64  // relay clock at which the state's patience ends, 0 for none
 	pingAt        int64  // relay clock of the next ping
 	txFrames      uint32
 	pingMark      uint32 // reads at the last ping
@@ -285,7 +285,7 @@ func (c *conn) checkTimeouts(w *writeBatch) {
 	switch {
 	case c.is(connClosed) || c.failed:
 	case !c.is(connOpen):
-		if w.now >= c.closeDeadline {
+		if c.closeDeadline != 0 && w.now >= c.closeDeadline { // a peer that was lost has none
 			c.failLocked()
 		}
 	case c.blockedSince != 0 && w.now-c.blockedSince >= int64(o.writeTimeout):

@@ -2021,6 +2021,17 @@ func TestConnTimeoutsBeginAfterPause(t *testing.T) {
 	}
 }
 
+// A sweep may come between what a reader does with a peer that is lost: its queue is
+// out, as far as that goes, and the goroutine poller's writer has the rest.
+func TestConnPeerLostIsNotGivenUp(t *testing.T) {
+	t.Parallel()
+	_, _, ph, _, w := memPair(t, startRelay(t, timedOptions()).relay)
+	ph.setEnd(endPeerLost, endPeerLost.code())
+	if ph.checkTimeouts(w); ph.failed {
+		t.Error("its socket was shut down")
+	}
+}
+
 // A peer takes nothing only if bytes wait for it: in the queue, were it one, or in TLS.
 func TestConnStuckHasBytesThatWait(t *testing.T) {
 	t.Parallel()
