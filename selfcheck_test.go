@@ -2088,60 +2088,81 @@ func TestPublicCheckCostsNoPhone(t *testing.T) {
 	for _, rolling := range []bool{true, false} {
 		t.Run(map[bool]string{true: "rolling update", false: "crash loop"}[rolling], func(t *testing.T) {
 			t.Parallel()
-			one, two := freeLock(t), freeLock(t)
-			b := startBalancer(t, nil, func(n int, _ string) string { // takes turns, and passes over what is down
-				for _, addr := range [][2]string{{one, two}, {two, one}}[n%2] {
-					if nc, err := net.Dial("tcp", addr); err == nil {
-						nc.Close()
-						return addr
-					}
+			for range 5 {
+				if costsNoPhone(t, rolling) {
+					return
 				}
-				return ""
-			})
-			start := func(addr string) *program {
-				return startProgram(t, []string{paceName + "=200ms,100ms,600ms"},
-					"-listen", addr, "-public-url", "ws://"+b.addr, "-rate-per-minute", "0")
+				t.Logf("the second relay's first round took more than %v: once more", longestRefusal)
 			}
-			first := start(one).listening()
-			h := &crowd{t: t, addr: b.addr}
-			ctx, cancel := context.WithCancel(t.Context())
-			var wg sync.WaitGroup
-			defer wg.Wait()
-			defer cancel()
-			for i := range h.homes {
-				wg.Go(func() { h.binary(ctx, i) })
-				wg.Go(func() { h.phone(ctx, i) })
-			}
-			eventually(t, "all binaries are there", func() bool { return h.settled("") && h.paired.Load() > 20 })
-			old := *h.homes[0].Load()
-			if rolling {
-				second := start(two).listening()
-				second.said("users are refused (503)")
-				eventually(t, "phones are refused", func() bool { return h.refused.Load() > 20 })
-				first.signal(syscall.SIGTERM)
-				if got := first.exit(); got != exitStopped {
-					t.Errorf("exit code %d", got)
-				}
-				eventually(t, "all binaries are at the new relay", func() bool { return h.settled(old) })
-				if status, _ := fetch(t, "http://"+two+"/readyz"); status != http.StatusOK {
-					t.Errorf("/readyz of the new relay: %d", status)
-				}
-			} else {
-				for range 5 {
-					if got := start(two).exit(); got != exitRefused {
-						t.Errorf("exit code %d", got)
-					}
-				}
-			}
-			paired := h.paired.Load()
-			eventually(t, "phones meet their binaries", func() bool { return h.paired.Load() > paired+20 })
-			t.Logf("%d phones met their binary, %d were refused, %d came before it, %d were told 4404 although it was online",
-				h.paired.Load(), h.refused.Load(), h.early.Load(), h.wrong.Load())
-			if h.wrong.Load() > 0 || h.refused.Load() == 0 {
-				t.Errorf("%d phones were told 4404 although their binary was online; %d refusals", h.wrong.Load(), h.refused.Load())
-			}
+			t.Error("so it was each time")
 		})
 	}
+}
+
+// costsNoPhone reports whether a second relay met the first one in time. If the machine
+// keeps it from that for longestRefusal it lets users in, as it has to.
+func costsNoPhone(t *testing.T, rolling bool) (inTime bool) {
+	one, two := freeLock(t), freeLock(t)
+	b := startBalancer(t, nil, func(n int, _ string) string { // takes turns, and passes over what is down
+		for _, addr := range [][2]string{{one, two}, {two, one}}[n%2] {
+			if nc, err := net.Dial("tcp", addr); err == nil {
+				nc.Close()
+				return addr
+			}
+		}
+		return ""
+	})
+	start := func(addr string) *program {
+		return startProgram(t, []string{paceName + "=200ms,100ms,600ms"},
+			"-listen", addr, "-public-url", "ws://"+b.addr, "-rate-per-minute", "0")
+	}
+	letsIn := func(p *program) bool { return strings.Contains(p.stderr.String(), "users are let in") }
+	first := start(one).listening()
+	h := &crowd{t: t, addr: b.addr}
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer cancel()
+	for i := range h.homes {
+		wg.Go(func() { h.binary(ctx, i) })
+		wg.Go(func() { h.phone(ctx, i) })
+	}
+	eventually(t, "all binaries are there", func() bool { return h.settled("") && h.paired.Load() > 20 })
+	old := *h.homes[0].Load()
+	if rolling {
+		second := start(two).listening()
+		eventually(t, "phones are refused", func() bool { return h.refused.Load() > 20 || letsIn(second) })
+		if letsIn(second) {
+			return false
+		}
+		second.said("users are refused (503)")
+		first.signal(syscall.SIGTERM)
+		if got := first.exit(); got != exitStopped {
+			t.Errorf("exit code %d", got)
+		}
+		eventually(t, "all binaries are at the new relay", func() bool { return h.settled(old) })
+		if status, _ := fetch(t, "http://"+two+"/readyz"); status != http.StatusOK {
+			t.Errorf("/readyz of the new relay: %d", status)
+		}
+	} else {
+		for range 5 {
+			second := start(two)
+			if got := second.exit(); got != exitRefused {
+				t.Errorf("exit code %d", got)
+			}
+			if letsIn(second) {
+				return false
+			}
+		}
+	}
+	paired := h.paired.Load()
+	eventually(t, "phones meet their binaries", func() bool { return h.paired.Load() > paired+20 })
+	t.Logf("%d phones met their binary, %d were refused, %d came before it, %d were told 4404 although it was online",
+		h.paired.Load(), h.refused.Load(), h.early.Load(), h.wrong.Load())
+	if h.wrong.Load() > 0 || h.refused.Load() == 0 {
+		t.Errorf("%d phones were told 4404 although their binary was online; %d refusals", h.wrong.Load(), h.refused.Load())
+	}
+	return true
 }
 
 // FuzzSelfcheckHeaders: what is read of a stranger's instance header or standing is
