@@ -461,7 +461,7 @@ func compile() ([]mutant, error) {
 	if err != nil {
 		return nil, err
 	}
-	const patience = "const patience = 20 * time.Second"
+	const patience = "const patience = time.Minute"
 	if !strings.Contains(string(text), patience) {
 		return nil, errors.New("helpers_test.go has no " + patience)
 	}
