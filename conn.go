@@ -782,7 +782,7 @@ func (c *conn) writable(w *writeBatch) {
 		return
 	}
 	c.unblock()
-	if c.is(connClosing) {
+	if c.is(connClosing) && !c.sentClose {
 		c.closeAfter(w.now, c.relay.o.writeTimeout) // slow is not silent
 	}
 	c.flush(w)

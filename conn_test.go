@@ -2114,6 +2114,29 @@ func TestConnCloseSteps(t *testing.T) {
 	}
 }
 
+// What TLS itself has to send behind our close frame makes a peer's time to answer no longer.
+func TestConnRoomBehindCloseFrame(t *testing.T) {
+	t.Parallel()
+	o := timedOptions()
+	_, _, ph, ps, w := memPair(t, startRelay(t, o).relay)
+	again := func() {
+		ph.mu.Lock()
+		w.addLocked(&ph.conn)
+		ph.mu.Unlock()
+		w.flush()
+	}
+	ph.startClose(w, endHeartbeat)
+	w.flush()
+	ps.sealed = true
+	again()
+	ps.sealed = false
+	w.now++
+	ph.writable(w)
+	if left := time.Duration(ph.closeDeadline - w.now); left != o.closeTimeout-1 {
+		t.Errorf("its time ends in %v, want %v", left, o.closeTimeout-1)
+	}
+}
+
 // Behind a close frame of ours the rest of a message counts no more than what breaks a rule does,
 // and nothing of either is kept.
 func TestConnKeepsNothingAfterEnd(t *testing.T) {
