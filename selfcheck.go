@@ -898,12 +898,11 @@ func (c *publicCheck) replaced(ctx context.Context, ids int) (f roundResult, yes
 			here++
 		case met == 2:
 			there++
-		case waiting == 2: // neither was here: one that waits has started again meanwhile
-			met = 0
-		default:
+		case waiting < 2: // else neither was here: one that waits has started again meanwhile
 			c.parted = time.Now()
+			return f, true
 		}
-		if met == 1 || here == 0 && there == ids/2 {
+		if here == 0 && there == ids/2 {
 			return f, true
 		}
 		c.rest(ctx)
