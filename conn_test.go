@@ -2051,6 +2051,14 @@ func TestConnStuckHasBytesThatWait(t *testing.T) {
 	}
 }
 
+// flushAgain flushes a connection that has got nothing since.
+func flushAgain(w *writeBatch, s *session) {
+	s.mu.Lock()
+	w.addLocked(&s.conn)
+	s.mu.Unlock()
+	w.flush()
+}
+
 // How long a connection that is closing may take for each step, and what its peer gets
 // that has ended TCP.
 func TestConnCloseSteps(t *testing.T) {
@@ -2085,10 +2093,7 @@ func TestConnCloseSteps(t *testing.T) {
 		ph.writable(w)
 		patience(ph, "it is out", o.closeTimeout)
 		w.now++
-		ph.mu.Lock()
-		w.addLocked(&ph.conn)
-		ph.mu.Unlock()
-		w.flush()
+		flushAgain(w, ph)
 		patience(ph, "and nothing has happened", o.closeTimeout-1)
 		if ps.finished {
 			t.Error("our direction has ended before the answer")
@@ -2119,16 +2124,10 @@ func TestConnRoomBehindCloseFrame(t *testing.T) {
 	t.Parallel()
 	o := timedOptions()
 	_, _, ph, ps, w := memPair(t, startRelay(t, o).relay)
-	again := func() {
-		ph.mu.Lock()
-		w.addLocked(&ph.conn)
-		ph.mu.Unlock()
-		w.flush()
-	}
 	ph.startClose(w, endHeartbeat)
 	w.flush()
 	ps.sealed = true
-	again()
+	flushAgain(w, ph)
 	ps.sealed = false
 	w.now++
 	ph.writable(w)
@@ -2268,18 +2267,13 @@ func (c *endsBehindClose) Read(p []byte) (n int, err error) {
 	return n, err
 }
 
-type endsBehindCloseListener struct{ net.Listener }
-
-func (ln endsBehindCloseListener) Accept() (net.Conn, error) {
-	nc, err := ln.Listener.Accept()
-	return &endsBehindClose{Conn: nc}, err
-}
-
 // While the process stands still a peer that has sent its FIN can't take what is behind:
 // that is no time of its own.
 func TestConnStallBehindFIN(t *testing.T) {
 	t.Parallel()
-	wrap := func(ln net.Listener) net.Listener { return endsBehindCloseListener{ln} }
+	wrap := func(ln net.Listener) net.Listener {
+		return wrappingListener{ln, func(nc net.Conn) net.Conn { return &endsBehindClose{Conn: nc} }}
+	}
 	o := testOptions()
 	o.closeTimeout = time.Second
 	onFakeClockWith(t, o, wrap, func(t *testing.T, r *testRelay) {

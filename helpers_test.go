@@ -99,10 +99,15 @@ func timedOptions() options {
 // peer does its part is for the machine to say, and that may be busy.
 func testOptions() options {
 	o := timedOptions()
-	for _, d := range [...]*time.Duration{&o.ping, &o.messageTimeout, &o.writeTimeout, &o.closeTimeout, &o.grace, &o.challengeTimeout} {
+	for _, d := range peerTimes(&o) {
 		*d = time.Hour
 	}
 	return o
+}
+
+// peerTimes are those that a peer has for its part.
+func peerTimes(o *options) [6]*time.Duration {
+	return [...]*time.Duration{&o.ping, &o.messageTimeout, &o.writeTimeout, &o.closeTimeout, &o.grace, &o.challengeTimeout}
 }
 
 // logOff is the level of a relay whose lines would cost more than what is measured.
@@ -216,9 +221,9 @@ func onLoopback(t testing.TB) net.Listener {
 // and with it.
 var listeners = map[string]func(testing.TB) net.Listener{
 	"epoll":          onLoopback,
-	"goroutines":     func(t testing.TB) net.Listener { return plainListener{onLoopback(t)} },
+	"goroutines":     func(t testing.TB) net.Listener { return plainListener(onLoopback(t)) },
 	"epoll TLS":      func(t testing.TB) net.Listener { return securedListener{onLoopback(t)} },
-	"goroutines TLS": func(t testing.TB) net.Listener { return securedListener{plainListener{onLoopback(t)}} },
+	"goroutines TLS": func(t testing.TB) net.Listener { return securedListener{plainListener(onLoopback(t))} },
 }
 
 // securedListener is one of a relay that speaks TLS.
@@ -256,16 +261,24 @@ func writePair(t testing.TB, dir string, config *tls.Config) (certFile, keyFile 
 
 // plainListener hides that its connections are TCP's, which leaves them to the
 // goroutine poller.
-type plainListener struct{ net.Listener }
+func plainListener(ln net.Listener) net.Listener {
+	return wrappingListener{ln, func(nc net.Conn) net.Conn { return plainConn{nc} }}
+}
 
 type plainConn struct{ net.Conn }
 
-func (l plainListener) Accept() (net.Conn, error) {
-	nc, err := l.Listener.Accept()
+// wrappingListener puts something around each connection that it accepts.
+type wrappingListener struct {
+	net.Listener
+	wrap func(net.Conn) net.Conn
+}
+
+func (ln wrappingListener) Accept() (net.Conn, error) {
+	nc, err := ln.Listener.Accept()
 	if err != nil {
 		return nil, err
 	}
-	return plainConn{nc}, nil
+	return ln.wrap(nc), nil
 }
 
 func (c plainConn) CloseWrite() error { return c.Conn.(*net.TCPConn).CloseWrite() }

@@ -560,17 +560,13 @@ type fromLoopback struct{ net.Conn }
 
 func (fromLoopback) RemoteAddr() net.Addr { return &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1), Port: 1} }
 
-type loopbackListener struct{ net.Listener }
-
-func (ln loopbackListener) Accept() (net.Conn, error) {
-	nc, err := ln.Listener.Accept()
-	return fromLoopback{nc}, err
-}
-
 // A peer that sends its handshake, or a proxy its header, in drops has the time that a
 // request has, or less.
 func TestListenerTime(t *testing.T) {
 	t.Parallel()
+	loopback := func(ln net.Listener) net.Listener {
+		return wrappingListener{ln, func(nc net.Conn) net.Conn { return fromLoopback{nc} }}
+	}
 	hello := append([]byte{22, 3, 1, 2, 0, 1, 0, 1, 252, 3, 3}, make([]byte, 500)...) // of 512 bytes in all
 	for _, c := range []struct {
 		name   string
@@ -582,7 +578,7 @@ func TestListenerTime(t *testing.T) {
 	}{
 		{"TLS", hello, false, func(ln net.Listener) net.Listener { return securedListener{ln} }, greetTime,
 			func(m *metrics) int64 { return m.tlsFailures.Load() }},
-		{"PROXY", []byte("PROXY UNKNOWN " + strings.Repeat("x", 80)), true, func(ln net.Listener) net.Listener { return loopbackListener{ln} },
+		{"PROXY", []byte("PROXY UNKNOWN " + strings.Repeat("x", 80)), true, loopback,
 			proxyTime, func(m *metrics) int64 { return m.proxyRefused.Load() }},
 	} {
 		t.Run(c.name, func(t *testing.T) {

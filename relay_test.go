@@ -338,20 +338,10 @@ func TestRelayServerIDs(t *testing.T) {
 
 // ---- upgrade ----
 
-// watchedListener calls seen at each write of a connection that it accepts.
-type watchedListener struct {
-	net.Listener
-	seen func(p []byte)
-}
-
+// watchedConn calls seen at each write.
 type watchedConn struct {
 	net.Conn
 	seen func(p []byte)
-}
-
-func (l watchedListener) Accept() (net.Conn, error) {
-	nc, err := l.Listener.Accept()
-	return watchedConn{nc, l.seen}, err
 }
 
 func (c watchedConn) Write(p []byte) (int, error) {
@@ -365,13 +355,15 @@ func TestUpgradeMeansRegistered(t *testing.T) {
 	t.Parallel()
 	var r *testRelay
 	var binaries, phones, answers atomic.Int64
-	r = startRelayOn(t, testOptions(), watchedListener{onLoopback(t), func(p []byte) {
+	seen := func(p []byte) {
 		if bytes.HasPrefix(p, []byte("HTTP/1.1 101")) {
 			answers.Add(1)
 			binaries.Store(r.metrics.connectedBinaries.Load())
 			phones.Store(r.metrics.connectedPhones.Load())
 		}
-	}})
+	}
+	watched := func(nc net.Conn) net.Conn { return watchedConn{nc, seen} }
+	r = startRelayOn(t, testOptions(), wrappingListener{onLoopback(t), watched})
 	b := r.binary("home")
 	if n := binaries.Load(); n != 1 {
 		t.Errorf("%d binaries are registered at the 101 of the first", n)

@@ -1333,9 +1333,14 @@ func checkOf(r *testRelay, addr string) *publicCheck {
 // twoRelays are one that checks its name, and waits with its users, and another one.
 func twoRelays(t *testing.T) (me, other *testRelay) {
 	t.Helper()
+	return waitingRelay(t), startRelay(t, testOptions())
+}
+
+func waitingRelay(t *testing.T) *testRelay {
+	t.Helper()
 	o := testOptions()
 	o.publicURL = &url.URL{Scheme: "ws", Host: "relay.test"}
-	return startRelay(t, o), startRelay(t, testOptions())
+	return startRelay(t, o)
 }
 
 // lookFrom makes one round as r does, through addr.
@@ -1475,20 +1480,20 @@ func TestPublicRoundKnowsChance(t *testing.T) {
 // that were met long ago don't make the round longer.
 func TestPublicRoundKnowsRestarts(t *testing.T) {
 	t.Parallel()
-	var waiting []*testRelay
-	for range 3 {
-		r, _ := twoRelays(t)
-		waiting = append(waiting, r)
-	}
+	waiting := []*testRelay{waitingRelay(t), waitingRelay(t), waitingRelay(t)}
 	slices.SortFunc(waiting, func(a, b *testRelay) int { return cmp.Compare(a.id.id, b.id.id) })
 	before, me, after := waiting[0], waiting[1], waiting[2] // of the two others only the first is one to stay
 	var pages atomic.Int64
 	front := startBalancer(t, nil, func(_ int, head string) string {
-		n := int64(0)
 		if strings.Contains(head, "/readyz") {
-			n = pages.Add(1)
+			switch pages.Add(1) {
+			case 1:
+				return before.addr
+			case 2:
+				return after.addr
+			}
 		}
-		return map[int64]string{1: before.addr, 2: after.addr}[n] + map[bool]string{true: me.addr}[n == 0 || n > 2]
+		return me.addr
 	})
 	c := checkOf(me, front.addr)
 	c.pace, c.began, c.seen = defaultPace(), time.Now().Add(-time.Hour), map[string]*observation{before.id.id: {met: time.Now()}}

@@ -72,9 +72,9 @@ type simSocket struct {
 	mu      sync.Mutex // guards what follows, where goroutines serve
 	changed sync.Cond
 
-	fd         int      // -1 once the relay has closed it
-	in         simBytes // the relay may receive it
-	out        simBytes // sent, and not taken by the peer
+	fd         int          // -1 once the relay has closed it
+	in         bytes.Buffer // the relay may receive it
+	out        bytes.Buffer // sent, and not taken by the peer
 	inCap      int
 	outCap     int
 	inThrough  int // bytes, since inCap has grown
@@ -88,34 +88,6 @@ type simSocket struct {
 	ready      bool // something has happened since wait told of it
 	full       bool // the relay was told to wait for room
 	limitation bool
-}
-
-// simBytes are bytes on their way, the first of which may have gone.
-type simBytes struct {
-	all  []byte
-	gone int
-}
-
-func (b *simBytes) len() int      { return len(b.all) - b.gone }
-func (b *simBytes) bytes() []byte { return b.all[b.gone:] }
-
-// add puts p behind them, into the room of those that have gone where that is large.
-func (b *simBytes) add(p ...byte) {
-	b.reuse()
-	b.all = append(b.all, p...)
-}
-
-func (b *simBytes) reuse() {
-	if 2*b.gone >= len(b.all) {
-		b.all, b.gone = b.all[:copy(b.all, b.bytes())], 0
-	}
-}
-
-// take takes the first n away, or all. They are there until the next are added.
-func (b *simBytes) take(n int) []byte {
-	n = min(n, b.len())
-	b.gone += n
-	return b.all[b.gone-n : b.gone]
 }
 
 // simStream is what a peer is about to send, in pieces. They become bytes as they go.
@@ -217,7 +189,7 @@ func (s *simSocket) events() (e uint32) {
 			e |= flag
 		}
 	}
-	tell(s.in.len() > 0 || s.ended(), syscall.EPOLLIN)
+	tell(s.in.Len() > 0 || s.ended(), syscall.EPOLLIN)
 	tell(s.writable(), syscall.EPOLLOUT)
 	tell(s.ended(), syscall.EPOLLRDHUP)
 	tell(s.reset || s.ended() && s.outEnd, syscall.EPOLLHUP)
@@ -226,7 +198,7 @@ func (s *simSocket) events() (e uint32) {
 }
 
 func (s *simSocket) ended() bool    { return s.inEnd || s.reset || s.shutRead }
-func (s *simSocket) writable() bool { return s.outEnd || s.reset || 3*s.out.len() <= 2*s.outCap }
+func (s *simSocket) writable() bool { return s.outEnd || s.reset || 3*s.out.Len() <= 2*s.outCap }
 
 // grown is the size of a buffer that n bytes more have come through: as TCP has it, one
 // grows that has been filled over and over. Else most of a world were the same few bytes
@@ -314,13 +286,13 @@ func (s *simSocket) recv(p []byte) (int, error) {
 	switch {
 	case s.fd < 0:
 		return 0, net.ErrClosed
-	case s.in.len() > 0:
-		n := min(len(p), s.in.len())
+	case s.in.Len() > 0:
+		n := min(len(p), s.in.Len())
 		if s.reads.IntN(8) == 0 { // the rest arrives just now
 			n = 1 + s.reads.IntN(n)
 			s.ready = true
 		}
-		copy(p, s.in.take(n))
+		copy(p, s.in.Next(n))
 		s.inCap = s.grown(s.inCap, &s.inThrough, n)
 		s.peer.heard = s.peer.w.now()
 		return n, nil
@@ -353,14 +325,14 @@ func (s *simSocket) send(bufs [][]byte) (int, error) {
 	for _, b := range bufs {
 		total += len(b)
 	}
-	n := max(0, min(total, s.outCap-s.out.len()))
+	n := max(0, min(total, s.outCap-s.out.Len()))
 	if n > 0 && !s.peer.w.calm && s.writes.IntN(12) == 0 { // for want of memory
 		n = 1 + s.writes.IntN(n)
 	}
 	s.full = s.full || n < total
 	for left := n; left > 0; bufs = bufs[1:] {
 		k := min(left, len(bufs[0]))
-		s.out.add(bufs[0][:k]...)
+		s.out.Write(bufs[0][:k])
 		left -= k
 	}
 	if n == 0 {
@@ -383,7 +355,7 @@ func (k *simKernel) close(fd int) {
 func (s *simSocket) close() {
 	s.peer.w.kernel.sockets[s.fd] = nil
 	s.fd, s.outEnd = -1, true
-	if s.in.len() > 0 {
+	if s.in.Len() > 0 {
 		s.breakOff()
 	}
 }
@@ -392,7 +364,7 @@ func (s *simSocket) close() {
 func (s *simSocket) breakOff() {
 	if !s.broken {
 		s.broken = true
-		s.out.all = s.out.all[:s.out.gone+s.reads.IntN(s.out.len()+1)]
+		s.out.Truncate(s.reads.IntN(s.out.Len() + 1))
 	}
 }
 
@@ -583,9 +555,7 @@ func newSimulation(plan simPlan, trace *logBuffer) (w *simulation, steps int) {
 		w.o.maxPhones, w.o.maxConnections = 1+w.rng.IntN(4), 4+w.rng.IntN(40)
 	}
 	if w.chance(4) { // and short times
-		for _, d := range [...]*time.Duration{
-			&w.o.ping, &w.o.messageTimeout, &w.o.writeTimeout, &w.o.closeTimeout, &w.o.grace, &w.o.challengeTimeout,
-		} {
+		for _, d := range peerTimes(&w.o) {
 			*d = time.Second + time.Duration(w.rng.Int64N(int64(*d)))
 		}
 	}
@@ -975,8 +945,8 @@ func (w *simulation) checkSleep(set *simSet) {
 		switch {
 		case !s.paused.Load():
 			owes := s.closeHeard && (s.out.n > 0 || staged)
-			if k.watched && k.fd >= 0 && (k.in.len() > 0 || k.ended() && !owes) {
-				w.fail("%s has %d bytes to read, ended %v, and nothing reads them", p, k.in.len(), k.ended())
+			if k.watched && k.fd >= 0 && (k.in.Len() > 0 || k.ended() && !owes) {
+				w.fail("%s has %d bytes to read, ended %v, and nothing reads them", p, k.in.Len(), k.ended())
 			}
 		case !s.is(connOpen):
 			w.fail("%s is paused past its end", p)
@@ -1144,9 +1114,9 @@ type simPeer struct {
 	// Its end of the wire.
 	tls       *tls.Conn // nil for none
 	sealed    *simSealed
-	send      simStream // the network has not taken it
-	sendEnd   bool      // FIN is behind send
-	got       simBytes  // not parsed
+	send      simStream    // the network has not taken it
+	sendEnd   bool         // FIN is behind send
+	got       bytes.Buffer // not parsed
 	upgraded  bool
 	closed    bool // it has got a close frame
 	over      bool // the network has told of the end
@@ -1210,7 +1180,7 @@ func (p *simPeer) hasMore() bool {
 func (p *simPeer) push(most int) bool {
 	k := p.sock
 	left := p.sealUp(most)
-	n := min(most, left, k.inCap-k.in.len())
+	n := min(most, left, k.inCap-k.in.Len())
 	if left == 0 && (!p.sendEnd || k.inEnd) {
 		return false
 	}
@@ -1225,16 +1195,16 @@ func (p *simPeer) push(most int) bool {
 			k.breakOff()
 			p.send = simStream{}
 			if p.tls != nil {
-				p.sealed.out = simBytes{}
+				p.sealed.out = bytes.Buffer{}
 			}
 		}
 		return false
 	case n > 0:
 		if p.tls != nil {
-			k.in.add(p.sealed.out.take(n)...)
+			k.in.Write(p.sealed.out.Next(n))
 		} else {
-			k.in.reuse()
-			k.in.all = p.send.take(k.in.all, n)
+			k.in.Grow(n)
+			k.in.Write(p.send.take(k.in.AvailableBuffer(), n))
 		}
 		if all := n == left && p.send.n == 0 && (p.tls == nil || p.sealed.said); all && p.sendEnd && !p.w.calm && p.w.odd(2) {
 			k.inEnd = true
@@ -1254,15 +1224,15 @@ func (p *simPeer) push(most int) bool {
 // take takes bytes from the network.
 func (p *simPeer) take(most int) bool {
 	k := p.sock
-	if p.over || k.out.len() == 0 && !k.outEnd && !k.broken {
+	if p.over || k.out.Len() == 0 && !k.outEnd && !k.broken {
 		return false
 	}
 	k.mu.Lock()
-	taken := k.out.take(most)
+	taken := k.out.Next(most)
 	if p.tls == nil {
-		p.got.add(taken...)
+		p.got.Write(taken)
 	} else {
-		p.sealed.in.add(taken...)
+		p.sealed.in.Write(taken)
 	}
 	k.outCap = k.grown(k.outCap, &k.outThrough, len(taken))
 	k.changed.Broadcast()
@@ -1298,16 +1268,16 @@ func (p *simPeer) take(most int) bool {
 // parse takes frames of the relay apart.
 func (p *simPeer) parse() {
 	if !p.upgraded {
-		if p.got.len() < len(simAnswer) {
+		if p.got.Len() < len(simAnswer) {
 			return
 		}
-		if got := p.got.take(len(simAnswer)); string(got) != simAnswer {
+		if got := p.got.Next(len(simAnswer)); string(got) != simAnswer {
 			p.fail("got %.50q in place of the 101", got)
 		}
 		p.upgraded = true
 	}
-	for p.got.len() >= 2 {
-		got := p.got.bytes()
+	for p.got.Len() >= 2 {
+		got := p.got.Bytes()
 		size, n := 2, int(got[1])
 		switch {
 		case n == 126 && len(got) >= 4:
@@ -1320,7 +1290,7 @@ func (p *simPeer) parse() {
 		if len(got) < size+n {
 			return
 		}
-		first, payload := got[0], p.got.take(size + n)[size:]
+		first, payload := got[0], p.got.Next(size + n)[size:]
 		if first == last|opText {
 			p.texts++
 			p.textBytes += uint64(n)
@@ -1445,7 +1415,7 @@ func (p *simPeer) judge(holder *simPeer) {
 		// Of a record of TLS the relay sees only that it is out.
 		ok = (p.tls != nil || p.w.goroutines != nil || since(p.took, o.writeTimeout)) && p.stuck
 	case endBacklogFull:
-		n := p.sock.out.len()
+		n := p.sock.out.Len()
 		for _, frame := range p.down {
 			n += maxSendHeader + frame.size()
 		}
@@ -1781,7 +1751,7 @@ func (p *simPeer) act() {
 	case x < 7:
 		p.send, p.lost, p.over = simStream{}, true, true
 		p.sock.mu.Lock()
-		p.sock.reset, p.sock.ready, p.sock.out = true, true, simBytes{}
+		p.sock.reset, p.sock.ready, p.sock.out = true, true, bytes.Buffer{}
 		p.sock.changed.Broadcast()
 		p.sock.mu.Unlock()
 		w.log("%s breaks TCP", p)
@@ -1865,29 +1835,28 @@ var simTLS = sync.OnceValue(func() *tls.Config {
 
 // simSealed is what a peer's crypto/tls has in place of a connection.
 type simSealed struct {
-	net.Conn          // of the handshake, and nil behind it
-	in       simBytes // not decrypted
-	out      simBytes // the network has not taken it
-	ended    bool     // the relay's TLS is over
-	said     bool     // the peer's is
+	net.Conn              // of the handshake, and nil behind it
+	in       bytes.Buffer // not decrypted
+	out      bytes.Buffer // the network has not taken it
+	ended    bool         // the relay's TLS is over
+	said     bool         // the peer's is
 }
 
 func (s *simSealed) Read(p []byte) (int, error) {
 	switch {
 	case s.Conn != nil:
 		return s.Conn.Read(p)
-	case s.in.len() == 0:
+	case s.in.Len() == 0:
 		return 0, os.ErrDeadlineExceeded
 	}
-	return copy(p, s.in.take(len(p))), nil
+	return s.in.Read(p)
 }
 
 func (s *simSealed) Write(p []byte) (int, error) {
 	if s.Conn != nil {
 		return s.Conn.Write(p)
 	}
-	s.out.add(p...)
-	return len(p), nil
+	return s.out.Write(p)
 }
 
 func (s *simSealed) SetWriteDeadline(time.Time) error { return nil }
@@ -1918,11 +1887,11 @@ func (p *simPeer) secure(nc net.Conn, first []byte) (net.Conn, []byte) {
 		first = first[n:]
 	}
 	ahead := new(simSealed)
-	ahead.in.add(p.sealed.out.take(w.rng.IntN(p.sealed.out.len() + 1))...)
+	ahead.in.Write(p.sealed.out.Next(w.rng.IntN(p.sealed.out.Len() + 1)))
 	under.Conn = ahead
 	got := make([]byte, 1+w.rng.IntN(5000))
 	n, _ := server.Read(got)
-	ahead.in.add(p.sealed.out.bytes()...) // crypto/tls had no room for it
+	ahead.in.Write(p.sealed.out.Bytes()) // crypto/tls had no room for it
 	p.sealed.out = ahead.in
 	under.Conn = nc
 	return server, got[:n]
@@ -1935,7 +1904,7 @@ func (p *simPeer) sealUp(most int) int {
 	}
 	s := p.sealed
 	switch {
-	case s.out.len() > 0 || s.said:
+	case s.out.Len() > 0 || s.said:
 	case p.send.n > 0:
 		p.w.plain = p.send.take(p.w.plain[:0], min(most, 64<<10))
 		p.tls.Write(p.w.plain)
@@ -1943,7 +1912,7 @@ func (p *simPeer) sealUp(most int) int {
 		s.said = true
 		p.tls.CloseWrite()
 	}
-	return s.out.len()
+	return s.out.Len()
 }
 
 // open takes what has arrived out of its seal.
@@ -1951,7 +1920,7 @@ func (p *simPeer) open() {
 	for err := error(nil); err == nil; {
 		var n int
 		n, err = p.tls.Read(p.w.record[:])
-		p.got.add(p.w.record[:n]...)
+		p.got.Write(p.w.record[:n])
 		if p.sealed.ended = err == io.EOF; err != nil && err != io.EOF && err != os.ErrDeadlineExceeded {
 			p.fail("TLS: %v", err)
 		}

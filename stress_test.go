@@ -94,7 +94,7 @@ func stressListener(t *testing.T, poller string) net.Listener {
 		t.Fatal(err)
 	}
 	if strings.Contains(poller, "goroutines") {
-		ln = plainListener{ln}
+		ln = plainListener(ln)
 	}
 	if strings.Contains(poller, "TLS") {
 		ln = securedListener{ln}
@@ -1306,7 +1306,6 @@ type claimRound struct {
 type claimDaemon struct {
 	*stressConn
 	session *session
-	pulse   *pulse
 	got     chan string
 	lost    bool
 
@@ -1326,14 +1325,14 @@ func (d *claimDaemon) asked() int64 {
 // late reports whether a live daemon lost its claim because the machine kept it from its
 // answer, or the relay. Where that one had two thirds of the time to read it, and the pulse
 // was felt meanwhile, it does not count.
-func (d *claimDaemon) late() bool {
+func (d *claimDaemon) late(p *pulse) bool {
 	d.session.mu.Lock()
 	takenOver := d.session.endReason == endTakenOver
 	d.session.mu.Unlock()
 	d.answering.Lock()
 	defer d.answering.Unlock()
 	asked := d.asked()
-	return !d.lost && takenOver && (d.slow || asked != 0 && (asked != d.answered || d.pulse.lateSince(asked)))
+	return !d.lost && takenOver && (d.slow || asked != 0 && (asked != d.answered || p.lateSince(asked)))
 }
 
 func (l *claimRound) note(format string, args ...any) {
@@ -1342,7 +1341,7 @@ func (l *claimRound) note(format string, args ...any) {
 
 // endIfLate ends the round's goroutine if a daemon was late.
 func (l *claimRound) endIfLate() {
-	if l.late = slices.ContainsFunc(l.daemons, (*claimDaemon).late); l.late {
+	if l.late = slices.ContainsFunc(l.daemons, func(d *claimDaemon) bool { return d.late(l.pulse) }); l.late {
 		runtime.Goexit()
 	}
 }
@@ -1372,7 +1371,7 @@ func (l *claimRound) dial(path string, h http.Header) *stressConn {
 }
 
 func (l *claimRound) connect(name string) *claimDaemon {
-	d := &claimDaemon{stressConn: l.dial("/v2/server", binaryHeaders(l.id)), pulse: l.pulse, got: make(chan string, 1)}
+	d := &claimDaemon{stressConn: l.dial("/v2/server", binaryHeaders(l.id)), got: make(chan string, 1)}
 	l.note("%s connects", name)
 	// It has its 101, so it is registered, unless it was refused.
 	v, ok := l.r.registry.servers.Load(l.id)
