@@ -191,7 +191,18 @@ func (c *conn) startCloseWith(w *writeBatch, reason closeReason, code uint16, te
 	if paused {
 		c.sock.resume() // to hear the answer
 	}
-	c.handler.unregister(w, reason, code)
+	c.unregister(w)
+}
+
+// unregister is for the moment at which the end has begun. The phones that wait go on:
+// what becomes of what they send is decided.
+func (c *conn) unregister(w *writeBatch) {
+	c.handler.unregister(w, c.endReason, c.endCode)
+	c.mu.Lock()
+	woken := c.waiters
+	c.waiters = nil
+	c.mu.Unlock()
+	wake(woken...)
 }
 
 // setEnd records how the connection ends, mu held.
@@ -256,7 +267,7 @@ func (c *conn) free(w *writeBatch) {
 	}
 	c.mu.Unlock()
 	if lost {
-		c.handler.unregister(w, endPeerLost, endPeerLost.code())
+		c.unregister(w)
 	}
 	pool := &c.relay.buffers
 	for _, k := range [...]**buffer{&c.unparsed, &c.fragments} {
@@ -269,10 +280,7 @@ func (c *conn) free(w *writeBatch) {
 	c.state.Store(uint32(connClosed))
 	c.out.free(pool)
 	c.pong = nil
-	woken := c.waiters
-	c.waiters = nil
 	c.mu.Unlock()
-	wake(woken...)
 	c.handler.closed(w)
 }
 
@@ -880,9 +888,10 @@ func wake(phones ...*conn) {
 
 // nextWaiter takes the phone out of the line that has waited longest, if c has taken
 // enough for that, mu held. One that is ending sends nothing, so the next is asked.
+// For a binary that is lost they wait until that is known: what they send would be lost.
 // The caller wakes it without the lock.
 func (c *conn) nextWaiter() *conn {
-	for len(c.waiters) > 0 && c.out.n <= resumeAt {
+	for len(c.waiters) > 0 && c.out.n <= resumeAt && !c.failed {
 		next := c.waiters[0]
 		c.waiters = slices.Delete(c.waiters, 0, 1)
 		if next.is(connOpen) {

@@ -1484,6 +1484,38 @@ func TestBackPressurePassesTheTurn(t *testing.T) {
 	}
 }
 
+// A phone that waits for a binary goes on as soon as the end of that has begun, and not
+// before: a socket fails before its reader finds out, and in between nobody gets what
+// is sent.
+func TestBackPressureEndsWithTheBinary(t *testing.T) {
+	t.Parallel()
+	for name, end := range map[string]func(b *session, w *writeBatch){
+		"lost":    func(b *session, w *writeBatch) { b.free(w) },
+		"closing": func(b *session, w *writeBatch) { b.startClose(w, endWriteTimeout) },
+	} {
+		b, bs, ph, ps, w := memPair(t, startRelay(t, testOptions()).relay)
+		bs.full = true
+		message := []byte(numbered(0, 64<<10))
+		for !ph.paused.Load() {
+			ph.message(w, opText, message)
+		}
+		w.flush()
+		bs.aborts = 1 // reset by the peer
+		b.writable(w)
+		if ps.resumes != 0 {
+			t.Errorf("%s: it was released onto a connection that is lost", name)
+		}
+		if end(b, w); ps.resumes != 1 {
+			t.Errorf("%s: it was called %d times, want once", name, ps.resumes)
+		}
+		ph.unpause(w)
+		if ph.message(w, opText, message); ph.endReason != endBinaryGone {
+			t.Errorf("%s: ended with %q, want %q", name, ph.endReason, endBinaryGone)
+		}
+		w.flush()
+	}
+}
+
 // The kernel holds little for a binary that does not read, so that what one phone
 // sends does not stand behind megabytes of another.
 func TestBackPressureFillsNoKernelBuffer(t *testing.T) {
