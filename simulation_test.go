@@ -1951,6 +1951,12 @@ func simulate(plan simPlan, trace *logBuffer) (w *simulation, failure string) {
 		w.quiet()
 	}()
 	w.run(steps)
+	// A sync.Pool outlives the next collection, with all that its relay refers to.
+	w.r.loops = nil
+	for i := range w.r.buffers.pools {
+		for w.r.buffers.pools[i].Get() != nil {
+		}
+	}
 	return w, ""
 }
 
