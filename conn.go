@@ -361,7 +361,7 @@ func (c *conn) readInto(shared []byte) []byte {
 	front := c.unparsed.bytes()
 	h, _ := parseFrameHeader(front)
 	lack := h.total() - len(front)
-	if min(lack, (growth-1)*len(front)) <= len(shared)/2 || !c.makeRoom(front, 0) {
+	if h.size == 0 || min(lack, (growth-1)*len(front)) <= len(shared)/2 || !c.makeRoom(front, 0) {
 		return shared // where there is no memory, receive finds out and says so
 	}
 	k := c.unparsed

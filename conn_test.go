@@ -696,6 +696,24 @@ func checkStream(t *testing.T, r *relay, stream []byte, random *rand.Rand) {
 	}
 }
 
+// A length that is known before the header is whole asks for no room. What came behind
+// the handshake is in a buffer that has none.
+func TestConnReadsBehindPartOfAHeader(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions())
+	header, w := clientHeader(last, opText, 100_000), r.newBatch()
+	for n := range len(header) {
+		p := &streamPeer{}
+		p.init(r.relay, p, rolePhone, memAddr)
+		p.unparsed = &buffer{b: header[:n], w: n, size: -1}
+		r.buffers.budget.take(n, priorityAlways)
+		if into := p.readInto(make([]byte, 8)); len(into) == 0 {
+			t.Errorf("behind %d bytes of it nothing can be read", n)
+		}
+		p.free(w)
+	}
+}
+
 // ---- timeouts ----
 
 // How long the relay waits for whom, on a fake clock. A peer that is not read
