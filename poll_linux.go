@@ -167,8 +167,9 @@ func (l *epollLoop) bind(c *conn, nc net.Conn) error {
 // behind its handshake.
 func (s *epollSocket) attach(first []byte) {
 	l, c := s.loop, s.c
+	// What was read ahead comes first, be it in TLS.
+	c.paused.Store(len(first) > 0 || s.tls != nil)
 	if len(first) > 0 {
-		c.paused.Store(true)
 		c.unparsed = &buffer{b: first, w: len(first), size: -1}
 		l.relay.buffers.budget.take(len(first), priorityAlways)
 	}
@@ -185,8 +186,8 @@ func (s *epollSocket) attach(first []byte) {
 		c.paused.Store(true)
 	}
 	l.attachedAt.Store(c.opened)
-	post := c.paused.Load() || s.tls != nil // which may have read ahead
-	l.mu.Unlock()                           // from here on the loop owns them
+	post := c.paused.Load()
+	l.mu.Unlock() // from here on the loop owns them
 	if err != nil {
 		l.relay.log.Error("watching a socket failed", "error", err)
 		c.fail()

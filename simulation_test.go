@@ -2157,6 +2157,22 @@ func (k *tightKernel) send(_ int, bufs [][]byte) (int, error) {
 	return n, nil
 }
 
+func (k *tightKernel) watch(int) error { return nil }
+func (k *tightKernel) wake()           {}
+
+// What TLS has read ahead is handled first, and then what the socket tells: else a phone
+// that pauses by that is released again, by its own beginning.
+func TestEpollSealedBeginsWithWhatWasRead(t *testing.T) {
+	t.Parallel()
+	r := startRelay(t, testOptions()).relay
+	_, _, ph, _, _ := memPair(t, r)
+	l := makeEpollLoop(r, new(tightKernel))
+	(&epollSocket{loop: l, c: &ph.conn, fd: 1, tls: new(sealed)}).attach(nil)
+	if !ph.paused.Load() || len(l.inbox) != 1 {
+		t.Errorf("it pauses: %v; it has its turn: %d times", ph.paused.Load(), len(l.inbox))
+	}
+}
+
 // What is encrypted and not sent is charged, bounded and in order, for a peer that
 // makes TLS answer and takes nothing as well.
 func TestEpollSealedStages(t *testing.T) {
