@@ -701,6 +701,7 @@ func (w *simulation) sweep() {
 	w.batch.now = w.now()
 	for _, p := range slices.Clone(w.live) {
 		if !p.s.is(connClosed) {
+			p.noteBusy()
 			p.s.checkTimeouts(w.batch)
 			w.batch.flush()
 			w.judge()
@@ -994,9 +995,7 @@ func (w *simulation) checkBounds() {
 				w.fail("%s: %s for %v", p, what, time.Duration(now-since))
 			}
 		}
-		if s.paused.Load() || s.out.n > 0 {
-			p.busy = now
-		}
+		p.noteBusy()
 		if s.contendsSince != 0 && slices.Index(s.server.contenders, s) == 0 {
 			late(max(s.contendsSince, p.home.since, p.home.holder.heard), o.challengeTimeout, "contends with one that is silent")
 		}
@@ -1015,6 +1014,13 @@ func (w *simulation) checkBounds() {
 			late(s.messageStart.Load(), o.messageTimeout, "half a message")
 			late(max(p.heard, p.busy), 2*o.ping, "silent")
 		}
+	}
+}
+
+// noteBusy is for the moments at which the relay may look for a ping to be answered.
+func (p *simPeer) noteBusy() {
+	if p.s.paused.Load() || p.s.out.n > 0 {
+		p.busy = p.w.now()
 	}
 }
 
