@@ -286,9 +286,11 @@ func (c *tlsConn) handshake() error {
 // Close does not say goodbye: it would wait for a peer that takes nothing.
 func (c *tlsConn) Close() error { return c.wire.Close() }
 
-// CloseWrite ends our direction of TLS, then of TCP.
+// CloseWrite ends our direction of TLS, then of TCP. A peer too slow for the goodbye, to
+// which crypto/tls gives 5 s, still gets what is on its way.
 func (c *tlsConn) CloseWrite() error {
-	return errors.Join(c.Conn.CloseWrite(), closeWrite(c.wire.Conn))
+	c.Conn.CloseWrite()
+	return closeWrite(c.wire.Conn)
 }
 
 // wire is what lies under TLS.

@@ -349,6 +349,28 @@ func startSecured(t testing.TB, secured bool, args ...string) *program {
 	return p
 }
 
+// halfClosed is a connection whose own direction may be ended.
+type halfClosed struct {
+	net.Conn
+	ended bool
+}
+
+func (c *halfClosed) CloseWrite() error {
+	c.ended = true
+	return nil
+}
+
+// A goodbye of TLS that can't be said is no reason to close a connection whole: what is on
+// its way to the peer would be lost.
+func TestListenerTLSWithoutGoodbye(t *testing.T) {
+	t.Parallel()
+	tcp := new(halfClosed)
+	c := &tlsConn{Conn: tls.Server(tcp, nil), wire: &wire{Conn: tcp}} // crypto/tls says none before the handshake
+	if err := closeWrite(c); err != nil || !tcp.ended {
+		t.Errorf("it says %v; TCP's direction is ended: %v", err, tcp.ended)
+	}
+}
+
 func TestListenerTLS(t *testing.T) {
 	t.Parallel()
 	p := startSecured(t, true, "-log-level", "debug")
