@@ -191,13 +191,13 @@ func (c *conn) startCloseWith(w *writeBatch, reason closeReason, code uint16, te
 	if paused {
 		c.sock.resume() // to hear the answer
 	}
-	c.unregister(w)
+	c.unregister(w, reason, code)
 }
 
 // unregister is for the moment at which the end has begun. The phones that wait go on:
 // what becomes of what they send is decided.
-func (c *conn) unregister(w *writeBatch) {
-	c.handler.unregister(w, c.endReason, c.endCode)
+func (c *conn) unregister(w *writeBatch, reason closeReason, code uint16) {
+	c.handler.unregister(w, reason, code)
 	c.mu.Lock()
 	woken := c.waiters
 	c.waiters = nil
@@ -267,7 +267,7 @@ func (c *conn) free(w *writeBatch) {
 	}
 	c.mu.Unlock()
 	if lost {
-		c.unregister(w)
+		c.unregister(w, endPeerLost, endPeerLost.code())
 	}
 	pool := &c.relay.buffers
 	for _, k := range [...]**buffer{&c.unparsed, &c.fragments} {
